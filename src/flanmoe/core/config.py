@@ -1,0 +1,191 @@
+"""The base of every configuration: frozen, strict, and validated with all problems reported at once.
+
+A config lives beside the class that it builds. This module holds only what all of them share: reading
+YAML, dotted overrides (`--set tune.learning_rate=1e-4`), and one error that lists every problem with its
+dotted path.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from flanmoe.core.errors import ConfigError
+from flanmoe.core.names import listing, nearest_name_hint
+
+
+class Config(BaseModel):
+    """Base of all configs: frozen after validation, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], *, origin: str = "configuration") -> Self:
+        """Validate `values`.
+
+        Raises:
+            ConfigError: lists every problem, one line each, with its dotted path. `origin` names where
+                the values came from (a file name, usually).
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            problems = error.errors()
+            lines = [f"  {_path(problem)}: {_sentence(problem, cls)}" for problem in problems]
+            count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+            raise ConfigError(f"{origin} has {count}:\n" + "\n".join(lines)) from error
+
+    @classmethod
+    def from_yaml(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML file, apply dotted overrides, validate."""
+        return cls.parse(apply_overrides(read_yaml(path), overrides), origin=str(path))
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return the resolved values as plain JSON types."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """Return the resolved values as YAML; parsing it again gives an equal config."""
+        return yaml.safe_dump(self.to_mapping(), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read one YAML mapping from a file.
+
+    Raises:
+        ConfigError: if the file is missing, not UTF-8, not YAML, or not a mapping at the top.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"The file {path} does not exist. Check the path.") from error
+    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The file {path} cannot be read as UTF-8 text: {error}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The file {path} is not valid YAML: {error}.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"The file {path} must hold a mapping of keys to values, but holds "
+            f"{'nothing' if values is None else type(values).__name__}. See recipes/quickstart.yaml."
+        )
+    return values
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of `values` with `a.b.0=c` overrides applied; values are read as YAML scalars.
+
+    Digits in a path index a list. Missing mappings on the way are created; validation then says whether
+    the key exists.
+
+    Raises:
+        ConfigError: if an override has no `=` or its path runs through a scalar or past the end of a list.
+    """
+    result = _copy(values)
+    for override in overrides:
+        path, separator, text = override.partition("=")
+        if not separator or not path:
+            raise ConfigError(f"An override must read `dotted.key=value`, but is `{override}`.")
+        _assign(result, path.strip().split("."), _scalar(text), override)
+    return result
+
+
+def _scalar(text: str) -> Any:
+    # YAML 1.1 reads 1e-4 (no dot) as a string; people mean the number.
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The value `{text}` of an override is not valid YAML: {error}.") from error
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copy(item) for item in value]
+    return value
+
+
+def _assign(node: Any, keys: list[str], value: Any, override: str) -> None:
+    for position, key in enumerate(keys):
+        last = position == len(keys) - 1
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise ConfigError(
+                    f"The override `{override}` needs an index below {len(node)} at `{key}`."
+                )
+            index: Any = int(key)
+        elif isinstance(node, dict):
+            index = key
+            if not last and not isinstance(node.get(key), (dict, list)):
+                node[key] = {}
+        else:
+            raise ConfigError(f"The override `{override}` runs through a value at `{key}`.")
+        if last:
+            node[index] = value
+        else:
+            node = node[index]
+
+
+def _path(problem: ErrorDetails) -> str:
+    return ".".join(str(part) for part in problem["loc"]) or "(top level)"
+
+
+def _sentence(problem: ErrorDetails, root: type[BaseModel]) -> str:
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(problem["loc"][:-1], root)
+        name = str(problem["loc"][-1])
+        return f"unknown key `{name}`.{nearest_name_hint(name, known)} Known: {listing(known)}."
+    if problem["type"] == "missing":
+        return "is required, but missing."
+    message = problem["msg"].removeprefix("Value error, ")
+    if "found" in message or "but is" in message:
+        return message
+    return f"{message}, but is {problem['input']!r}."
+
+
+def _known_keys(location: Sequence[int | str], root: type[BaseModel]) -> list[str]:
+    """Walk the schema along an error location and return the field names known there."""
+    schema = root.model_json_schema()
+    nodes: list[Any] = [schema]
+    for part in location:
+        nodes = [child for node in nodes for child in _children(node, part, schema)]
+    keys: dict[str, None] = {}
+    for node in nodes:
+        for resolved in _alternatives(node, schema):
+            keys.update(dict.fromkeys(resolved.get("properties", {})))
+    return list(keys)
+
+
+def _alternatives(node: Any, schema: Mapping[str, Any]) -> list[dict[str, Any]]:
+    if not isinstance(node, dict):
+        return []
+    if "$ref" in node:
+        return _alternatives(schema["$defs"][node["$ref"].rpartition("/")[2]], schema)
+    options = node.get("anyOf") or node.get("oneOf") or node.get("allOf")
+    if options:
+        return [found for option in options for found in _alternatives(option, schema)]
+    return [node]
+
+
+def _children(node: Any, part: int | str, schema: Mapping[str, Any]) -> list[Any]:
+    found: list[Any] = []
+    for option in _alternatives(node, schema):
+        if isinstance(part, int):
+            found.append(option.get("items"))
+        elif part in option.get("properties", {}):
+            found.append(option["properties"][part])
+        elif isinstance(option.get("additionalProperties"), dict):
+            found.append(option["additionalProperties"])
+        elif option.get("properties", {}).get("stage", {}).get("const") == part:
+            # pydantic puts the tag of a discriminated union into the location.
+            found.append(option)
+    return found

@@ -1,0 +1,97 @@
+"""Terminal output: everything for people goes to stderr, so that stdout stays free for `--json`.
+
+On a terminal, long steps show a bar with rate and time left. Elsewhere (a log file, CI) they print a plain
+line now and then.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+console = Console(stderr=True)
+
+Advance = Callable[..., None]
+
+
+def say(message: str) -> None:
+    """Print one line for people."""
+    console.print(message, markup=False, highlight=False)
+
+
+def warn(message: str) -> None:
+    """Print one warning line for people."""
+    console.print(f"Warning: {message}", style="yellow", markup=False, highlight=False)
+
+
+def show_table(table: Table) -> None:
+    """Print a table for people."""
+    console.print(table)
+
+
+@contextmanager
+def progress(title: str, *, total: int, unit: str) -> Iterator[Advance]:
+    """Show the progress of a long step.
+
+    Yields a function `advance(amount=1, note="")`. `note` is a short free text shown behind the bar (a
+    loss, a task name).
+    """
+    if console.is_terminal:
+        with _bar(title, total, unit) as advance:
+            yield advance
+    else:
+        yield _plain_lines(title, total, unit)
+
+
+@contextmanager
+def _bar(title: str, total: int, unit: str) -> Iterator[Advance]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=total, rate="", note="")
+        start = time.monotonic()
+        done = 0
+
+        def advance(amount: int = 1, note: str = "") -> None:
+            nonlocal done
+            done += amount
+            rate = done / max(time.monotonic() - start, 1e-9)
+            bar.update(task, advance=amount, rate=f"{rate:.3g} {unit}/s", note=note)
+
+        yield advance
+
+
+def _plain_lines(title: str, total: int, unit: str, *, every_seconds: float = 15.0) -> Advance:
+    start = last = time.monotonic()
+    done = 0
+
+    def advance(amount: int = 1, note: str = "") -> None:
+        nonlocal done, last
+        done += amount
+        now = time.monotonic()
+        if now - last < every_seconds and done < total:
+            return
+        last = now
+        rate = done / max(now - start, 1e-9)
+        left = (total - done) / max(rate, 1e-9)
+        say(f"{title}: {done}/{total} {unit}, {rate:.3g} {unit}/s, {left:.0f} s left {note}".rstrip())
+
+    return advance

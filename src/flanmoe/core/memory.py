@@ -1,0 +1,39 @@
+"""Peak memory of this process, resettable, so that each stage can be measured by itself."""
+
+import resource
+import sys
+from pathlib import Path
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+def reset_peak_memory() -> bool:
+    """Start a new peak measurement; returns False where the system cannot (anything but Linux)."""
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory_bytes() -> int:
+    """Return the peak resident set size in bytes since the last reset (or since process start)."""
+    if _STATUS.exists():
+        return _status_bytes("VmHWM")
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024
+
+
+def resident_memory_bytes() -> int:
+    """Return the resident set size in bytes now."""
+    if _STATUS.exists():
+        return _status_bytes("VmRSS")
+    return peak_memory_bytes()
+
+
+def _status_bytes(field: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"The field {field} is missing from {_STATUS}.")

@@ -1,0 +1,109 @@
+"""The records that flow through the data package: `Example`, `Rendered`, `Packed`.
+
+An `Example` is one supervised item as its data set gives it. Rendering turns it into text whose prompt and
+response are kept apart (`Rendered`). Tokenised and put side by side in rows of one length it is `Packed`.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One supervised item.
+
+    Attributes:
+        inputs: the question or instruction, without answer options.
+        target: the answer text.
+        choices: the answer options in order, empty where the answer is free.
+        label: index of the right option, None where there are no options.
+        rationales: chains of thought that lead to the target, empty where there are none.
+        key: name of the example within its task and split, stable between runs.
+        metadata: whatever else the source says (subject, description, ...).
+    """
+
+    inputs: str
+    target: str
+    choices: tuple[str, ...] = ()
+    label: int | None = None
+    rationales: tuple[str, ...] = ()
+    key: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def content_hash(self) -> str:
+        """Hash of what the example asks and answers; equal for equal examples from different sources.
+
+        Kept with a trained model, so that a later evaluation can mark what the model has seen.
+        """
+        text = "\x1f".join((_folded(self.inputs), _folded(self.target)))
+        return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """An example as text for one model family.
+
+    Attributes:
+        prompt: what the model is given; no loss.
+        response: what the model is to write; loss on every token of it.
+        task: name of the task that it came from.
+        key: the example's key.
+        content_hash: the example's hash.
+    """
+
+    prompt: str
+    response: str
+    task: str
+    key: str
+    content_hash: str
+
+    @property
+    def text(self) -> str:
+        """Prompt and response as one string."""
+        return self.prompt + self.response
+
+    @property
+    def loss_spans(self) -> tuple[tuple[int, int], ...]:
+        """Character spans of `text` whose tokens enter the loss."""
+        return ((len(self.prompt), len(self.text)),)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """One row of tokens for a decoder. L positions.
+
+    Segment 0 is padding; examples are numbered from 1. Position ids restart at 0 in every segment, padding
+    included, which is what keeps examples apart inside native transformers attention.
+
+    Attributes:
+        input_ids: token ids.
+        labels: the token itself where it enters the loss as a prediction target, else -100 (unshifted, as
+            transformers expects).
+        segment_ids: 0 for padding, else the number of the example in the row.
+        position_ids: position within the segment.
+        tasks: task name of each example in the row, in order of their segments.
+    """
+
+    input_ids: Int[np.ndarray, " L"]
+    labels: Int[np.ndarray, " L"]
+    segment_ids: Int[np.ndarray, " L"]
+    position_ids: Int[np.ndarray, " L"]
+    tasks: tuple[str, ...]
+
+    @property
+    def num_real_tokens(self) -> int:
+        """Tokens that belong to an example."""
+        return int((self.segment_ids != 0).sum())
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Tokens whose prediction enters the loss. The first token of a row has nothing before it."""
+        return int((self.labels[1:] != -100).sum())
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.split()).casefold()
