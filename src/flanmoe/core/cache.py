@@ -44,6 +44,10 @@ def cached_folder(name: str, build: Callable[[Path], None], *, root: Path | None
             partial = final.with_name(f"{final.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            build(partial)
-            os.replace(partial, final)
+            try:
+                build(partial)
+                os.replace(partial, final)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
     return final

@@ -7,7 +7,7 @@ dotted path.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -15,6 +15,9 @@ from pydantic_core import ErrorDetails
 
 from flanmoe.core.errors import ConfigError
 from flanmoe.core.names import listing, nearest_name_hint
+
+_LONGEST_VALUE = 80
+_YAML_MERGE = "tag:yaml.org,2002:merge"
 
 
 class Config(BaseModel):
@@ -52,6 +55,24 @@ class Config(BaseModel):
         return yaml.safe_dump(self.to_mapping(), sort_keys=False, allow_unicode=True)
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key written twice, of which plain YAML keeps the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping from its node."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == _YAML_MERGE:
+                continue
+            key: Any = self.construct_object(key_node)  # pyright: ignore[reportUnknownMemberType]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"found the key `{key}` twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read one YAML mapping from a file.
 
@@ -59,7 +80,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: if the file is missing, not UTF-8, not YAML, or not a mapping at the top.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except FileNotFoundError as error:
         raise ConfigError(f"The file {path} does not exist. Check the path.") from error
     except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
@@ -71,7 +92,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"The file {path} must hold a mapping of keys to values, but holds "
             f"{'nothing' if values is None else type(values).__name__}. See recipes/quickstart.yaml."
         )
-    return values
+    return cast("dict[str, Any]", values)
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -97,7 +118,9 @@ def _scalar(text: str) -> Any:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"The value `{text}` of an override is not valid YAML: {error}.") from error
+        raise ConfigError(
+            f"The value `{text}` of an override is not valid YAML: {error}."
+        ) from error
     if isinstance(value, str):
         try:
             return float(value)
@@ -108,31 +131,32 @@ def _scalar(text: str) -> Any:
 
 def _copy(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _copy(item) for key, item in value.items()}
+        return {key: _copy(item) for key, item in cast("Mapping[Any, Any]", value).items()}
     if isinstance(value, list):
-        return [_copy(item) for item in value]
+        return [_copy(item) for item in cast("list[Any]", value)]
     return value
 
 
-def _assign(node: Any, keys: list[str], value: Any, override: str) -> None:
-    for position, key in enumerate(keys):
-        last = position == len(keys) - 1
-        if isinstance(node, list):
-            if not key.isdigit() or int(key) >= len(node):
-                raise ConfigError(
-                    f"The override `{override}` needs an index below {len(node)} at `{key}`."
-                )
-            index: Any = int(key)
-        elif isinstance(node, dict):
-            index = key
-            if not last and not isinstance(node.get(key), (dict, list)):
-                node[key] = {}
-        else:
-            raise ConfigError(f"The override `{override}` runs through a value at `{key}`.")
-        if last:
-            node[index] = value
-        else:
-            node = node[index]
+def _assign(root: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    node: Any = root
+    for key in keys[:-1]:
+        index = _index(node, key, override)
+        if isinstance(node, dict) and cast("dict[Any, Any]", node).get(index) is None:
+            node[index] = {}
+        node = node[index]
+    node[_index(node, keys[-1], override)] = value
+
+
+def _index(node: Any, key: str, override: str) -> Any:
+    """Return what `key` of a path means in `node`: a key of a mapping, or a place in a list."""
+    if isinstance(node, dict):
+        return key
+    if not isinstance(node, list):
+        raise ConfigError(f"The override `{override}` runs through a value at `{key}`.")
+    size = len(cast("list[Any]", node))
+    if not key.isdigit() or int(key) >= size:
+        raise ConfigError(f"The override `{override}` needs an index below {size} at `{key}`.")
+    return int(key)
 
 
 def _path(problem: ErrorDetails) -> str:
@@ -149,7 +173,12 @@ def _sentence(problem: ErrorDetails, root: type[BaseModel]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if "found" in message or "but is" in message:
         return message
-    return f"{message}, but is {problem['input']!r}."
+    return f"{message}, but is {_shortened(problem['input'])}."
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 def _known_keys(location: Sequence[int | str], root: type[BaseModel]) -> list[str]:
@@ -168,12 +197,13 @@ def _known_keys(location: Sequence[int | str], root: type[BaseModel]) -> list[st
 def _alternatives(node: Any, schema: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(node, dict):
         return []
-    if "$ref" in node:
-        return _alternatives(schema["$defs"][node["$ref"].rpartition("/")[2]], schema)
-    options = node.get("anyOf") or node.get("oneOf") or node.get("allOf")
+    part = cast("dict[str, Any]", node)
+    if "$ref" in part:
+        return _alternatives(schema["$defs"][str(part["$ref"]).rpartition("/")[2]], schema)
+    options: list[Any] = part.get("anyOf") or part.get("oneOf") or part.get("allOf") or []
     if options:
         return [found for option in options for found in _alternatives(option, schema)]
-    return [node]
+    return [part]
 
 
 def _children(node: Any, part: int | str, schema: Mapping[str, Any]) -> list[Any]:

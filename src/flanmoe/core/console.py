@@ -5,7 +5,7 @@ line now and then.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -25,13 +25,15 @@ Advance = Callable[..., None]
 
 
 def say(message: str) -> None:
-    """Print one line for people."""
-    console.print(message, markup=False, highlight=False)
+    """Print one line for people. It is never cut into several, so that a log can be searched."""
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def warn(message: str) -> None:
     """Print one warning line for people."""
-    console.print(f"Warning: {message}", style="yellow", markup=False, highlight=False)
+    console.print(
+        f"Warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def show_table(table: Table) -> None:
@@ -40,7 +42,7 @@ def show_table(table: Table) -> None:
 
 
 @contextmanager
-def progress(title: str, *, total: int, unit: str) -> Iterator[Advance]:
+def progress(title: str, *, total: int, unit: str) -> Generator[Advance]:
     """Show the progress of a long step.
 
     Yields a function `advance(amount=1, note="")`. `note` is a short free text shown behind the bar (a
@@ -54,7 +56,7 @@ def progress(title: str, *, total: int, unit: str) -> Iterator[Advance]:
 
 
 @contextmanager
-def _bar(title: str, total: int, unit: str) -> Iterator[Advance]:
+def _bar(title: str, total: int, unit: str) -> Generator[Advance]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -92,6 +94,8 @@ def _plain_lines(title: str, total: int, unit: str, *, every_seconds: float = 15
         last = now
         rate = done / max(now - start, 1e-9)
         left = (total - done) / max(rate, 1e-9)
-        say(f"{title}: {done}/{total} {unit}, {rate:.3g} {unit}/s, {left:.0f} s left {note}".rstrip())
+        say(
+            f"{title}: {done}/{total} {unit}, {rate:.3g} {unit}/s, {left:.0f} s left {note}".rstrip()
+        )
 
     return advance

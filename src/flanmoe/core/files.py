@@ -3,24 +3,29 @@
 import errno
 import json
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from flanmoe.core.errors import DiskError
 
+_TAIL_BYTES = 65536
+
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Generator[None]:
     """Turn a full disk or a read-only folder into one clear sentence.
 
     safetensors and torch report a full disk as their own error types, so the message is searched too.
     """
     try:
         yield
+    except DiskError:
+        # Already one clear sentence, from a block inside this one.
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise DiskError(_full(path, error)) from error
@@ -56,41 +61,59 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically and durably."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        # Opened here and not by tempfile, which would leave the file readable by its owner alone.
+        name = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
         try:
-            with os.fdopen(handle, "wb") as stream:
+            with name.open("xb") as stream:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(name, path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            name.unlink(missing_ok=True)
             raise
 
 
 def append_json_line(path: Path, value: Any) -> None:
-    """Append one JSON object as a line and flush it, so that a killed run keeps what it logged."""
+    """Append one JSON object as a line and flush it, so that a killed run keeps what it logged.
+
+    What a killed writer left of a line is removed first, so that it never stands in the middle.
+    """
+    line = json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+        _remove_torn_line(path)
+        with path.open("ab") as stream:
+            stream.write(line)
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """Read a JSON-lines file that we wrote; a torn last line (a killed writer) is left out."""
+    """Read a JSON-lines file that we wrote; a torn last line (a killed writer) is left out.
+
+    Raises:
+        ValueError: if any other line is not JSON.
+    """
     if not path.exists():
         return []
-    rows: list[Any] = []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines):
-        if not line:
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number != len(lines) - 1:
-                raise
-    return rows
+    # Only a line that ends was written to its end.
+    *lines, _torn = path.read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines if line]
+
+
+def _remove_torn_line(path: Path) -> None:
+    if not path.is_file():
+        return
+    content_end = path.stat().st_size
+    with path.open("rb+") as stream:
+        kept = content_end
+        while kept > 0:
+            stream.seek(max(0, kept - _TAIL_BYTES))
+            tail = stream.read(kept - stream.tell())
+            kept = kept - len(tail) + tail.rfind(b"\n") + 1
+            if b"\n" in tail:
+                break
+        if kept < content_end:
+            stream.truncate(kept)
 
 
 def read_json_file(path: Path) -> Any:

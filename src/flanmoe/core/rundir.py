@@ -44,6 +44,10 @@ class RunDir:
             RunError: if `resume` is asked for in a folder that no run or another recipe wrote, or is not
                 asked for in a folder that already holds something.
         """
+        if path.exists() and not path.is_dir():
+            raise RunError(
+                f"The output folder {path} must be a folder, but is a file. Choose another with `--out`."
+            )
         marker = path / _MARKER
         identity = fingerprint(recipe.to_mapping())
         if resume:
@@ -68,7 +72,10 @@ class RunDir:
             RunError: if the folder is missing or is not a run folder.
         """
         if not (path / _MARKER).exists():
-            raise RunError(f"{path} is not a run folder: it has no {_MARKER}. Name a folder that `flanmoe run` wrote.")
+            raise RunError(
+                f"{path} is not a run folder: it has no {_MARKER}. "
+                "Name a folder that `flanmoe run` wrote."
+            )
         return cls(path)
 
     def child(self, *parts: str) -> "RunDir":
@@ -99,7 +106,9 @@ class RunDir:
         try:
             return files.read_json_file(path)
         except FileNotFoundError as error:
-            raise RunError(f"The run folder has no {path}. Finish the run first (`--resume`).") from error
+            raise RunError(
+                f"The run folder has no {path}. Finish the run first (`--resume`)."
+            ) from error
         except ValueError as error:
             raise RunError(f"The file {path} is not valid JSON: {error}.") from error
 

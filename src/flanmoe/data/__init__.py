@@ -1,1 +1,1 @@
-
+"""From sources to packed rows."""

@@ -1,7 +1,8 @@
 """The records that flow through the data package: `Example`, `Rendered`, `Packed`.
 
-An `Example` is one supervised item as its data set gives it. Rendering turns it into text whose prompt and
-response are kept apart (`Rendered`). Tokenised and put side by side in rows of one length it is `Packed`.
+An `Example` is one supervised item as its data set gives it. Rendering turns it into text whose
+prompt and response are kept apart (`Rendered`). Tokenised and put side by side in rows of one
+length it is `Packed`.
 """
 
 import hashlib
@@ -32,10 +33,11 @@ class Example:
     label: int | None = None
     rationales: tuple[str, ...] = ()
     key: str = ""
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def content_hash(self) -> str:
-        """Hash of what the example asks and answers; equal for equal examples from different sources.
+        """Hash of what the example asks and answers; equal for equal examples from different
+        sources.
 
         Kept with a trained model, so that a later evaluation can mark what the model has seen.
         """
@@ -76,13 +78,13 @@ class Rendered:
 class Packed:
     """One row of tokens for a decoder. L positions.
 
-    Segment 0 is padding; examples are numbered from 1. Position ids restart at 0 in every segment, padding
-    included, which is what keeps examples apart inside native transformers attention.
+    Segment 0 is padding; examples are numbered from 1. Position ids restart at 0 in every segment,
+    padding included, which is what keeps examples apart inside native transformers attention.
 
     Attributes:
         input_ids: token ids.
-        labels: the token itself where it enters the loss as a prediction target, else -100 (unshifted, as
-            transformers expects).
+        labels: the token itself where it enters the loss as a prediction target, else -100
+            (unshifted, as transformers expects).
         segment_ids: 0 for padding, else the number of the example in the row.
         position_ids: position within the segment.
         tasks: task name of each example in the row, in order of their segments.
@@ -101,7 +103,7 @@ class Packed:
 
     @property
     def num_loss_tokens(self) -> int:
-        """Tokens whose prediction enters the loss. The first token of a row has nothing before it."""
+        """Tokens whose prediction enters the loss; never the first of a row."""
         return int((self.labels[1:] != -100).sum())
 
 

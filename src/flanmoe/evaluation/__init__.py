@@ -1,1 +1,1 @@
-
+"""Scoring tasks through lm-evaluation-harness."""

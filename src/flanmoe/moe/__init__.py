@@ -1,1 +1,1 @@
-
+"""Routing, router losses and expert compute in plain torch."""

@@ -1,1 +1,1 @@
-
+"""The steps of a recipe, each a function of its configuration, the model in hand and a folder."""

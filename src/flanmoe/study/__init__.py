@@ -1,1 +1,1 @@
-
+"""Arms and seeds: running, comparing, reporting."""

@@ -1,1 +1,1 @@
-
+"""Shipped for plug-in authors: tiny models, contract checks, strategies."""

@@ -1,1 +1,1 @@
-
+"""Training on transformers.Trainer with router losses that are right."""

@@ -1,0 +1,96 @@
+"""The command `flanmoe`: one verb a file, errors as one sentence, exit statuses as documented.
+
+Exit status 0 means success, 2 a mistake of the user, 130 Ctrl-C with the state saved, 1 anything else.
+"""
+
+import json
+import os
+import sys
+import traceback
+
+import typer
+from typer import rich_utils
+
+from flanmoe.cli.chat import chat
+from flanmoe.cli.data import data_app
+from flanmoe.cli.eval import evaluate
+from flanmoe.cli.inspect import inspect
+from flanmoe.cli.plan import plan
+from flanmoe.cli.quickstart import quickstart
+from flanmoe.cli.report import report
+from flanmoe.cli.run import run
+from flanmoe.cli.upcycle import upcycle
+from flanmoe.core.errors import FlanmoeError
+
+app = typer.Typer(
+    name="flanmoe",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help=(
+        "Turn a dense or sparse language model into an instruction-tuned Mixture-of-Experts; know what it "
+        "costs before, and whether it was worth it after.\n\n"
+        "Start with [bold]flanmoe quickstart[/bold] (15 minutes on 2 CPU cores), then "
+        "[bold]flanmoe plan recipes/quickstart.yaml[/bold] and "
+        "[bold]flanmoe run recipes/quickstart.yaml[/bold] with changes of your own."
+    ),
+)
+app.command()(quickstart)
+app.command()(run)
+app.command()(plan)
+app.command()(upcycle)
+app.command(name="eval")(evaluate)
+app.command()(inspect)
+app.command()(report)
+app.command()(chat)
+app.add_typer(data_app, name="data")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
+    if version:
+        from flanmoe import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the command; never returns."""
+    sys.exit(invoke(sys.argv[1:]))
+
+
+def invoke(arguments: list[str]) -> int:
+    """Run one command line and return its exit status; errors become one sentence on stderr."""
+    try:
+        return app(arguments, standalone_mode=False, prog_name="flanmoe") or 0
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("Stopped by Ctrl-C.", 130, arguments)
+    except typer.TyperException as error:
+        rich_utils.rich_format_error(error)
+        return _fail(error.format_message(), 2, arguments, shown=True)
+    except FlanmoeError as error:
+        return _fail(str(error), error.exit_code, arguments)
+    except BrokenPipeError:
+        # The reader went away (`flanmoe ... | head`); there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("FLANMOE_TRACEBACK"):
+            traceback.print_exc()
+        sentence = (
+            f"An unexpected {type(error).__name__} stopped the command: {error}. "
+            "Set FLANMOE_TRACEBACK=1 to see where, and please report it."
+        )
+        return _fail(sentence, 1, arguments)
+
+
+def _fail(message: str, status: int, arguments: list[str], *, shown: bool = False) -> int:
+    if not shown:
+        print(f"Error: {message}" if status != 130 else message, file=sys.stderr)
+    if "--json" in arguments:
+        print(json.dumps({"error": message, "exit_status": status}, ensure_ascii=False))
+    return status

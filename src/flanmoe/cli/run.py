@@ -1,0 +1,43 @@
+"""`flanmoe run`: build, tune, evaluate and report a recipe or a study."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from flanmoe.cli.options import AsJson, DataDir, OutputDir, Overrides, Profile, Resume
+from flanmoe.cli.output import machine_output
+
+
+def run(
+    file: Annotated[
+        Path, typer.Argument(help="A recipe or a study, e.g. recipes/quickstart.yaml.")
+    ],
+    out: OutputDir = None,
+    data_dir: DataDir = None,
+    resume: Resume = False,
+    profile: Profile = None,
+    overrides: Overrides = None,
+    executor: Annotated[
+        Literal["local"], typer.Option(help="Where arms run: one after the other on this machine.")
+    ] = "local",
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe or a study and write its report.
+
+    The folder (runs/NAME unless --out says otherwise) gets the resolved recipe, versions, metrics as
+    JSON lines, checkpoints, models, and report.html, report.md, report.json. Ctrl-C saves a checkpoint; the
+    same command with --resume goes on from it and ends with the same weights.
+
+    Example: flanmoe run recipes/quickstart.yaml --set defaults.tune.train.steps=8 --out runs/short
+    """
+    from flanmoe.study.main_job import run_and_report
+    from flanmoe.study.study import load_study
+
+    with machine_output(as_json) as emit:
+        study = load_study(file, overrides=overrides or [], profile=profile)
+        emit(
+            run_and_report(
+                study, out or Path("runs") / study.name, data_dir=data_dir, resume=resume
+            )
+        )

@@ -1,0 +1,197 @@
+"""A mixture: tasks with rates, and the draw that turns an index into an example.
+
+Rates follow examples-proportional mixing with a cap and a temperature (Raffel et al., 2020, section
+3.5.2; Wei et al., 2022): task i is drawn with probability proportional to min(size_i, cap_i) ** (1
+/ temperature).
+"""
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+from pydantic import Field
+
+from flanmoe.core.config import Config
+from flanmoe.core.errors import ConfigError, DataError
+from flanmoe.core.seeds import SeedTree
+from flanmoe.data.example import Example
+from flanmoe.data.sources.base import EVALUATION_ONLY_REASON
+from flanmoe.data.tasks import Task, TaskConfig, load_tasks
+
+
+class MixtureConfig(Config):
+    """What is trained on, and how much of each.
+
+    Attributes:
+        tasks: the tasks; each a mapping, or just its name.
+        temperature: 1 keeps the rates as they are, larger values even them out.
+        maximum_per_task: cap on the size that a task counts with, where the task sets no cap of its
+            own.
+            It limits the rate only: every example is still drawn once an epoch.
+    """
+
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    temperature: float = Field(default=1.0, gt=0)
+    maximum_per_task: int | None = Field(default=None, ge=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One draw from a mixture.
+
+    Attributes:
+        task: position of the task in `Mixture.tasks`.
+        epoch: how often the task had been gone through before.
+        row: position of the example in the task.
+    """
+
+    task: int
+    epoch: int
+    row: int
+
+
+class Mixture:
+    """Tasks with rates that sum to 1.
+
+    Args:
+        tasks: loaded tasks, each name once.
+        seeds: the branch of the seed tree that all draws come from.
+        temperature: see `MixtureConfig`.
+        maximum_per_task: see `MixtureConfig`.
+
+    Raises:
+        DataError: if a task may only be evaluated on.
+        ConfigError: if a name comes twice, or some tasks have a rate and others none.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        *,
+        seeds: SeedTree,
+        temperature: float = 1.0,
+        maximum_per_task: int | None = None,
+    ) -> None:
+        _check_trainable(tasks)
+        _check_names(tasks)
+        self.tasks = tuple(tasks)
+        self._seeds = seeds
+        weights = _weights(self.tasks, maximum_per_task)
+        tempered = [weight ** (1.0 / temperature) for weight in weights]
+        total = sum(tempered)
+        self.rates: dict[str, float] = {
+            task.name: weight / total for task, weight in zip(self.tasks, tempered, strict=True)
+        }
+        self._limits = list(accumulate(self.rates.values()))
+        self._orders: dict[int, tuple[int, Int[np.ndarray, " N"]]] = {}
+
+    @classmethod
+    def load(
+        cls, config: MixtureConfig, *, seeds: SeedTree, data_dir: Path | None = None
+    ) -> "Mixture":
+        """Load the tasks of a config (`family/*` becomes all tasks of the family) and mix them.
+
+        Raises:
+            DataError: if a task cannot be read, or may only be evaluated on.
+            ConfigError: see the class.
+        """
+        return cls(
+            load_tasks(config.tasks, data_dir=data_dir),
+            seeds=seeds,
+            temperature=config.temperature,
+            maximum_per_task=config.maximum_per_task,
+        )
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of all tasks together."""
+        return sum(task.size for task in self.tasks)
+
+    def draw(self, index: int, *, counts: Mapping[str, int]) -> Draw:
+        """Return the `index`-th draw: a function of the seed, the index and the counts, of nothing
+        else.
+
+        The task follows from the index. Within a task each epoch is a seeded permutation, so that
+        every example is drawn once before any is drawn again.
+
+        Args:
+            index: number of the draw, from 0.
+            counts: draws of each task before this one.
+        """
+        point = self._seeds.child("draw", index).integer() / 2**63
+        position = min(bisect_right(self._limits, point), len(self.tasks) - 1)
+        task = self.tasks[position]
+        epoch, place = divmod(counts.get(task.name, 0), task.size)
+        row = int(self._order(position, epoch)[place])
+        return Draw(task=position, epoch=epoch, row=row)
+
+    def example(self, draw: Draw) -> Example:
+        """Return the drawn example."""
+        return self.tasks[draw.task].examples[draw.row]
+
+    def drawn_hashes(self, counts: Mapping[str, int]) -> frozenset[str]:
+        """Return the content hashes of all examples drawn when tasks have been drawn this often."""
+        found: set[str] = set()
+        for position, task in enumerate(self.tasks):
+            order = self._order(position, 0)[: counts.get(task.name, 0)]
+            found.update(task.examples[int(row)].content_hash() for row in order)
+        return frozenset(found)
+
+    def _order(self, position: int, epoch: int) -> Int[np.ndarray, " N"]:
+        kept = self._orders.get(position)
+        if kept is None or kept[0] != epoch:
+            task = self.tasks[position]
+            branch = self._seeds.child("order").child(task.name, epoch)
+            kept = (epoch, branch.numpy().permutation(task.size))
+            self._orders[position] = kept
+        return kept[1]
+
+
+def _check_trainable(tasks: Sequence[Task]) -> None:
+    for task in tasks:
+        if task.evaluation_only:
+            raise DataError(
+                f"Task `{task.name}` is for evaluation only and cannot be in a training mixture: "
+                f"{EVALUATION_ONLY_REASON} Take it out of the mixture; a suite may hold it."
+            )
+
+
+def _check_names(tasks: Sequence[Task]) -> None:
+    seen: set[str] = set()
+    for task in tasks:
+        if task.name in seen:
+            raise ConfigError(
+                f"A mixture must hold each task once, but `{task.name}` comes twice. "
+                "Take one out, or give it another split or renderer."
+            )
+        seen.add(task.name)
+
+
+def _weights(tasks: Sequence[Task], maximum: int | None) -> list[float]:
+    given = [task for task in tasks if task.config.rate is not None]
+    if not given:
+        return [float(min(task.size, task.config.cap or maximum or task.size)) for task in tasks]
+    missing = [task.name for task in tasks if task.config.rate is None]
+    if missing:
+        raise ConfigError(
+            f"Either every task of a mixture has a `rate` or none has, but `{given[0].name}` has "
+            "one "
+            f"and `{missing[0]}` has not. Rates are shares of the draws; sizes are not."
+        )
+    return _shared_rates(tasks)
+
+
+def _shared_rates(tasks: Sequence[Task]) -> list[float]:
+    """A rate given to a whole family is shared out among its tasks by their sizes."""
+    sizes: dict[str, int] = {}
+    for task in tasks:
+        group = task.config.group or task.name
+        sizes[group] = sizes.get(group, 0) + task.size
+    return [
+        (task.config.rate or 0.0) * task.size / sizes[task.config.group or task.name]
+        for task in tasks
+    ]

@@ -1,0 +1,74 @@
+"""What all renderers share: what they return, their registry, the text of a question."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, StrictUndefined
+
+from flanmoe.core.registry import Registry
+from flanmoe.data.example import Example
+from flanmoe.data.options import letter
+
+
+class Exchange(NamedTuple):
+    """One question and its answer.
+
+    Attributes:
+        user: what the user says.
+        response: what the model is to say.
+    """
+
+    user: str
+    response: str
+
+
+Renderer = Callable[[Example], Exchange]
+
+renderers: Registry[Renderer] = Registry("renderer")
+
+# Strict: a variable that is not given is an error, never an empty string.
+_ENVIRONMENT = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+_QUESTION = _ENVIRONMENT.from_string(
+    """\
+{% if instruction %}
+{{ instruction }}
+
+{% endif %}
+{{ inputs }}
+{% if options %}
+
+Options:
+{% for option in options %}
+({{ option.letter }}) {{ option.text }}
+{% endfor %}
+{% endif %}
+"""
+)
+
+
+def fill(template: str, **values: Any) -> str:
+    """Fill in a template; a variable that it names and `values` lacks is an error."""
+    return _ENVIRONMENT.from_string(template).render(**values).strip()
+
+
+def question_text(example: Example) -> str:
+    """Return the question, its options as "(A) ..." lines, the task's own instruction before it."""
+    options = [
+        {"letter": letter(index), "text": text} for index, text in enumerate(example.choices)
+    ]
+    return _QUESTION.render(
+        instruction=example.metadata.get("instruction", ""), inputs=example.inputs, options=options
+    ).strip()
+
+
+def answer_text(example: Example) -> str:
+    """Return the short answer: "(B)" where there are options, else the target."""
+    if example.label is None:
+        return example.target
+    return answer_texts(example)[example.label]
+
+
+def answer_texts(example: Example) -> tuple[str, ...]:
+    """Return the short answer of every option, in order; empty where there are none."""
+    return tuple(f"({letter(index)})" for index in range(len(example.choices)))

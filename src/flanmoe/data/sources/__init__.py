@@ -1,0 +1,1 @@
+"""Where rows come from: files, installed-package exemplars, Hugging Face data sets."""

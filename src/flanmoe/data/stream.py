@@ -1,0 +1,237 @@
+"""The stream of packed rows that a training run reads, and its position as a small piece of state.
+
+The stream works in windows: so many draws from the mixture, packed by themselves, their rows in a
+seeded order. A position is therefore the number of a window, a row within it, and how often each
+task had been drawn before it. Everything else is computed again.
+"""
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flanmoe.core.cache import fingerprint
+from flanmoe.core.errors import DataError, RunError
+from flanmoe.core.seeds import SeedTree
+from flanmoe.data.chat import render_chat
+from flanmoe.data.example import Packed
+from flanmoe.data.mixture import Mixture
+from flanmoe.data.packing import (
+    PackingConfig,
+    PackingReport,
+    TokenizedExample,
+    fit,
+    pack,
+    report_from_state,
+    tokenize,
+)
+from flanmoe.data.tokenizer import Tokenizer, padding_id
+
+# A loader may be this many windows ahead of the training step that a checkpoint is taken at.
+_KEPT_WINDOWS = 256
+# After so many draws in a row without one that fits, the fault is in the settings.
+_FRUITLESS_DRAWS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class _WindowStart:
+    """The position before the first draw of a window.
+
+    Attributes:
+        window: number of the window.
+        first_row: rows that all windows before it gave, over all ranks.
+        counts: draws of each task before it.
+        report: what had been packed before it.
+    """
+
+    window: int
+    first_row: int
+    counts: dict[str, int]
+    report: PackingReport
+
+
+class PackedStream:
+    """Endless iterator over packed rows, the same for the same seed, tasks and settings.
+
+    With several ranks, row r of the whole stream goes to rank r % world_size. Every rank computes
+    every window, so that counts, report and hashes are those of the whole stream and equal on all
+    ranks.
+
+    Args:
+        mixture: what to draw from.
+        tokenizer: the model's tokenizer.
+        config: row length, window, what happens to examples that are too long.
+        seeds: the branch of the seed tree that belongs to this stream.
+        rank: number of this process.
+        world_size: number of processes.
+
+    Raises:
+        DataError: on reading on, if none of very many draws fits in a row.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        tokenizer: Tokenizer,
+        config: PackingConfig,
+        seeds: SeedTree,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"`rank` must be between 0 and {world_size - 1}, but is {rank}.")
+        self.mixture = mixture
+        self.config = config
+        self.rank = rank
+        self.world_size = world_size
+        self._tokenizer = tokenizer
+        self._seeds = seeds
+        self._identity = self._fingerprint()
+        self._start_at(_WindowStart(window=0, first_row=0, counts={}, report=PackingReport()))
+
+    def __iter__(self) -> Iterator[Packed]:
+        return self
+
+    def __next__(self) -> Packed:
+        rows = [self._next_row() for _ in range(self.world_size)]
+        self.rows_given += 1
+        return rows[self.rank]
+
+    @property
+    def report(self) -> PackingReport:
+        """What has been packed so far, over all ranks: rows given, drops of windows begun."""
+        return self._report
+
+    @property
+    def seen_hashes(self) -> frozenset[str]:
+        """Content hashes of every example drawn so far, to the end of the window begun.
+
+        A superset of what was trained on: it holds dropped examples and the rest of the window too.
+        """
+        return self.mixture.drawn_hashes(self._counts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position after the row given last, as plain JSON types."""
+        return self.state_after(self.rows_given)
+
+    def state_after(self, rows: int) -> dict[str, Any]:
+        """Return the position after `rows` rows of this rank, counted from the beginning of
+        training.
+
+        A loader reads ahead of the training step; the state to save is that of the rows trained on.
+
+        Raises:
+            ValueError: if the stream has not given that many rows yet, or gave them too long ago.
+        """
+        reached = rows * self.world_size
+        oldest = self._starts[0].first_row
+        if not oldest <= reached <= self.rows_given * self.world_size:
+            raise ValueError(
+                f"`rows` must be between {-(-oldest // self.world_size)} and {self.rows_given}, "
+                f"but is {rows}."
+            )
+        firsts = [start.first_row for start in self._starts]
+        start = self._starts[bisect_right(firsts, reached) - 1]
+        return {
+            "identity": self._identity,
+            "world_size": self.world_size,
+            "rows": rows,
+            "window": start.window,
+            "first_row": start.first_row,
+            "counts": dict(start.counts),
+            "report": start.report.model_dump(mode="json"),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a position, so that the next row is the one that followed it.
+
+        Raises:
+            RunError: if the position was written for other tasks, settings, seed or number of
+                ranks.
+        """
+        if state["identity"] != self._identity or state["world_size"] != self.world_size:
+            raise RunError(
+                "The saved position belongs to another data stream: its tasks, sizes, rates, "
+                "packing, "
+                f"seed or number of processes differ (saved {state['identity']} x "
+                f"{state['world_size']}, here {self._identity} x {self.world_size}). Resume with "
+                "the "
+                "recipe and data that the run was started with."
+            )
+        self._start_at(
+            _WindowStart(
+                window=int(state["window"]),
+                first_row=int(state["first_row"]),
+                counts={name: int(count) for name, count in state["counts"].items()},
+                report=report_from_state(state["report"]),
+            )
+        )
+        self.rows_given = int(state["rows"])
+        for _ in range(self.rows_given * self.world_size - int(state["first_row"])):
+            self._next_row()
+
+    def _start_at(self, start: _WindowStart) -> None:
+        self._starts: deque[_WindowStart] = deque([start], maxlen=_KEPT_WINDOWS)
+        self._window = start.window
+        self._counts = dict(start.counts)
+        self._report = start.report
+        self._rows: list[Packed] = []
+        self._given_of_window = 0
+        self._global_row = start.first_row
+        self.rows_given = start.first_row // self.world_size
+
+    def _next_row(self) -> Packed:
+        fruitless = 0
+        while self._given_of_window == len(self._rows):
+            if fruitless >= _FRUITLESS_DRAWS:
+                raise DataError(
+                    f"None of the last {fruitless} examples drawn fits in a row of "
+                    f"{self.config.length} tokens. Raise `packing.length`, or set "
+                    "`packing.on_too_long` to `truncate`."
+                )
+            self._open_window()
+            fruitless = 0 if self._rows else fruitless + self.config.window
+        row = self._rows[self._given_of_window]
+        self._given_of_window += 1
+        self._global_row += 1
+        self._report = self._report + PackingReport.of_rows([row])
+        return row
+
+    def _open_window(self) -> None:
+        start = _WindowStart(
+            window=self._window,
+            first_row=self._global_row,
+            counts=dict(self._counts),
+            report=self._report,
+        )
+        if self._starts[-1].window == start.window:
+            self._starts.pop()
+        self._starts.append(start)
+        examples, report = fit(self._draw_window(), self.config)
+        rows = pack(examples, length=self.config.length, padding=padding_id(self._tokenizer))
+        order = self._seeds.child("rows", self._window).numpy().permutation(len(rows))
+        self._rows = [rows[position] for position in order]
+        self._given_of_window = 0
+        self._report = self._report + report
+        self._window += 1
+
+    def _draw_window(self) -> list[TokenizedExample]:
+        first = self._window * self.config.window
+        return [self._draw(index) for index in range(first, first + self.config.window)]
+
+    def _draw(self, index: int) -> TokenizedExample:
+        draw = self.mixture.draw(index, counts=self._counts)
+        task = self.mixture.tasks[draw.task]
+        self._counts[task.name] = self._counts.get(task.name, 0) + 1
+        example = self.mixture.example(draw)
+        rendered = render_chat(example, task.renderer, self._tokenizer, task.name)
+        return tokenize(rendered, self._tokenizer)
+
+    def _fingerprint(self) -> str:
+        tasks = [
+            [task.name, task.size, self.mixture.rates[task.name]] for task in self.mixture.tasks
+        ]
+        seed = [self._seeds.root, *self._seeds.path]
+        return fingerprint({"tasks": tasks, "packing": self.config.to_mapping(), "seed": seed})

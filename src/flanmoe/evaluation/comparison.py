@@ -1,0 +1,268 @@
+"""Two results over the same examples, compared example by example.
+
+Both models answered the same questions, so the difference is taken per example first: what makes an
+    example
+hard is the same on both sides and drops out, and the error of the mean difference is usually much
+smaller than that of either score (Miller 2024, arXiv 2411.00640).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest, bootstrap
+
+from flanmoe.core.config import Config
+from flanmoe.core.errors import DataError
+from flanmoe.core.seeds import SeedTree
+from flanmoe.evaluation.metrics import Estimate, estimate_mean, macro_average
+from flanmoe.evaluation.results import ExampleRecord, SuiteResult, read_result
+
+CONFIDENCE_LEVEL = 0.95
+NUM_RESAMPLES = 9999
+
+Pair = tuple[ExampleRecord, ExampleRecord]
+Differences = Callable[[Sequence[Pair]], list[tuple[float, str]]]
+
+
+class PairedDifference(Config):
+    """The mean of second minus first, over examples or over tasks.
+
+    Attributes:
+        difference: the mean with its standard errors.
+        interval: bootstrap interval at 95 %; None where a task has only one example to draw from.
+    """
+
+    difference: Estimate
+    interval: tuple[float, float] | None
+
+
+class McNemar(Config):
+    """Exact McNemar test: do the two models get different questions right equally often?
+
+    Attributes:
+        only_first, only_second: questions that one model alone answers rightly.
+        p_value: two-sided probability of a split at least this uneven if the models were equally
+            good; 1 where they never disagree.
+    """
+
+    only_first: int
+    only_second: int
+    p_value: float
+
+
+class Comparison(Config):
+    """Second minus first over one set of examples.
+
+    Attributes:
+        num_examples: pairs of examples.
+        loss: nats per token (negative: the second is better); None where the models cut the
+            reference answers into different tokens, which makes losses per token incomparable.
+        accuracy: share of right choices (positive: the second is better), None without choices.
+        mcnemar: the exact test behind the accuracy, None without choices.
+    """
+
+    num_examples: int
+    loss: PairedDifference | None
+    accuracy: PairedDifference | None
+    mcnemar: McNemar | None
+
+
+class SuiteComparison(Config):
+    """The comparison of two results.
+
+    Attributes:
+        pooled: over all examples alike; clustered standard errors take the tasks as clusters.
+        macro_loss, macro_accuracy: over tasks alike, examples drawn anew within each task.
+        tasks: per task.
+        same_prompts: whether both models were given the same text for every example.
+        num_examples: examples in both results.
+        num_seen: how many of them one model or both were trained on; left out unless there are no
+            others.
+        only_seen: True where there are no others.
+    """
+
+    pooled: Comparison
+    macro_loss: PairedDifference | None
+    macro_accuracy: PairedDifference | None
+    tasks: dict[str, Comparison]
+    same_prompts: bool
+    num_examples: int
+    num_seen: int
+    only_seen: bool
+
+
+def compare_files(first: Path, second: Path, *, seed: int = 0) -> SuiteComparison:
+    """Compare two written results: folders, or their `scores.json`.
+
+    Raises:
+        DataError: if one cannot be read, or if they are over different examples.
+    """
+    return compare(read_result(first), read_result(second), seeds=SeedTree(seed))
+
+
+def compare(first: SuiteResult, second: SuiteResult, *, seeds: SeedTree) -> SuiteComparison:
+    """Compare two results, second minus first.
+
+    Args:
+        first, second: results with their examples.
+        seeds: where the bootstrap draws come from.
+
+    Raises:
+        DataError: if the results are over different examples, or over none.
+    """
+    pairs = paired(first.examples, second.examples)
+    new = [pair for pair in pairs if not (pair[0].seen or pair[1].seen)]
+    counted = new or pairs
+    tasks = {pair[0].task: None for pair in counted}
+    by_task = {task: [pair for pair in counted if pair[0].task == task] for task in tasks}
+    pooled = compare_pairs(counted, seeds=seeds.child("pooled"))
+    # An average over the tasks whose tokens happen to agree would hide that the others do not.
+    macro_loss = _macro(by_task, _losses, seeds.child("macro-loss")) if pooled.loss else None
+    return SuiteComparison(
+        pooled=pooled,
+        macro_loss=macro_loss,
+        macro_accuracy=_macro(by_task, _accuracies, seeds.child("macro-accuracy")),
+        tasks={
+            task: compare_pairs(own, seeds=seeds.child("task").child(task))
+            for task, own in by_task.items()
+        },
+        same_prompts=all(one.prompt_hash == other.prompt_hash for one, other in pairs),
+        num_examples=len(pairs),
+        num_seen=len(pairs) - len(new),
+        only_seen=not new,
+    )
+
+
+def paired(first: Sequence[ExampleRecord], second: Sequence[ExampleRecord]) -> list[Pair]:
+    """Put the records of the same example together, in the order of `first`.
+
+    Raises:
+        DataError: if one side has an example that the other lacks, or if there is none at all.
+    """
+    left, right = _identified(first), _identified(second)
+    if left.keys() != right.keys():
+        raise DataError(
+            f"Two results can be compared over the same examples only, but {len(left.keys() - right.keys())} "
+            f"of {len(left)} are only in the first and {len(right.keys() - left.keys())} of {len(right)} only "
+            "in the second. Evaluate both models with the same suite, limit, seed and data."
+        )
+    if not left:
+        raise DataError("Two results can be compared over their examples only, but both have 0.")
+    return [(left[identity], right[identity]) for identity in left]
+
+
+def compare_pairs(pairs: Sequence[Pair], *, seeds: SeedTree) -> Comparison:
+    """Compare over one set of pairs, every example counting the same."""
+    return Comparison(
+        num_examples=len(pairs),
+        loss=_difference(pairs, _losses, seeds.child("loss")),
+        accuracy=_difference(pairs, _accuracies, seeds.child("accuracy")),
+        mcnemar=mcnemar(pairs),
+    )
+
+
+def mcnemar(pairs: Sequence[Pair]) -> McNemar | None:
+    """Run the exact McNemar test (1947, exact form) over the questions with choices; None without any."""
+    answers = [
+        (one.correct, other.correct)
+        for one, other in pairs
+        if one.correct is not None and other.correct is not None
+    ]
+    if not answers:
+        return None
+    split = Counter(answers)
+    only_first, only_second = split[True, False], split[False, True]
+    disagreements = only_first + only_second
+    p_value = float(binomtest(only_first, disagreements).pvalue) if disagreements else 1.0
+    return McNemar(only_first=only_first, only_second=only_second, p_value=p_value)
+
+
+def bootstrap_interval(
+    samples: Sequence[Sequence[float]], *, seeds: SeedTree
+) -> tuple[float, float] | None:
+    """Return the 95 % percentile bootstrap interval of the mean of the samples' means.
+
+    Each sample (a task) is drawn anew by itself. One sample gives the interval of its mean. The
+    percentile form is used because differences of right and wrong answers take three values only,
+    where the corrections of the other forms divide by zero.
+
+    Returns None where a sample has fewer than two values: nothing can be drawn anew from one.
+    """
+    if min(len(sample) for sample in samples) < 2:
+        return None
+    arrays = [np.asarray(sample, dtype=np.float64) for sample in samples]
+    if all(np.ptp(array) == 0 for array in arrays):
+        middle = float(np.mean([array[0] for array in arrays]))
+        return middle, middle
+    found = bootstrap(
+        arrays,
+        _mean_of_means,
+        vectorized=True,
+        n_resamples=NUM_RESAMPLES,
+        batch=512,
+        confidence_level=CONFIDENCE_LEVEL,
+        method="percentile",
+        rng=seeds.numpy(),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def _mean_of_means(*samples: np.ndarray, axis: int) -> Any:
+    return sum(sample.mean(axis=axis) for sample in samples) / len(samples)
+
+
+def _difference(
+    pairs: Sequence[Pair], differences: Differences, seeds: SeedTree
+) -> PairedDifference | None:
+    found = differences(pairs)
+    if not found:
+        return None
+    return PairedDifference(
+        difference=estimate_mean(
+            [value for value, _ in found], clusters=[task for _, task in found]
+        ),
+        interval=bootstrap_interval([[value for value, _ in found]], seeds=seeds),
+    )
+
+
+def _macro(
+    by_task: Mapping[str, Sequence[Pair]], differences: Differences, seeds: SeedTree
+) -> PairedDifference | None:
+    samples = [
+        [value for value, _ in found] for own in by_task.values() if (found := differences(own))
+    ]
+    if not samples:
+        return None
+    return PairedDifference(
+        difference=macro_average([estimate_mean(sample) for sample in samples]),
+        interval=bootstrap_interval(samples, seeds=seeds),
+    )
+
+
+def _losses(pairs: Sequence[Pair]) -> list[tuple[float, str]]:
+    """Differences of loss with their tasks; none at all where token counts differ (see `Comparison`)."""
+    if any(one.num_tokens != other.num_tokens for one, other in pairs):
+        return []
+    return [(other.loss - one.loss, one.task) for one, other in pairs]
+
+
+def _accuracies(pairs: Sequence[Pair]) -> list[tuple[float, str]]:
+    return [
+        (float(other.correct) - float(one.correct), one.task)
+        for one, other in pairs
+        if one.correct is not None and other.correct is not None
+    ]
+
+
+def _identified(records: Sequence[ExampleRecord]) -> dict[Hashable, ExampleRecord]:
+    """Key records by task, name and content; equal ones by their turn."""
+    turns: Counter[tuple[str, str, str]] = Counter()
+    identified: dict[Hashable, ExampleRecord] = {}
+    for record in records:
+        name = (record.task, record.key, record.content_hash)
+        identified[*name, turns[name]] = record
+        turns[name] += 1
+    return identified

@@ -1,0 +1,273 @@
+"""`MoEBlock` views of any transformers model, found by what its modules can do.
+
+A sparse block is a module with two children: *experts*, which hold their matrices fused into 3-D
+parameters, and a *router*, which turns hidden states into (logits, gates, expert ids). No list of
+model types is kept (DESIGN 5.1). What transformers' experts modules say about their own layout is
+read in `ExpertLayout`, and what a router does is measured on random inputs; nothing else in flanmoe
+looks into foreign sparse modules.
+"""
+
+import copy
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from flanmoe.core.errors import ModelError
+from flanmoe.core.names import listing
+from flanmoe.moe.block import ExpertWeights, MoEBlock, RouterOutput
+
+_NUM_PROBE_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLayout:
+    """How an experts module stores its matrices. E experts, H hidden size, I expert width.
+
+    Attributes:
+        transposed: matrices are stored as (input, output), not as (output, input).
+        interleaved: gate and up alternate along the fused axis; otherwise all gate units come
+            first.
+        biased: every matrix has a bias.
+    """
+
+    transposed: bool
+    interleaved: bool
+    biased: bool
+
+    @classmethod
+    def of(cls, experts: nn.Module) -> "ExpertLayout":
+        """Read the flags that transformers sets on every experts module of its experts interface.
+
+        Raises:
+            ModelError: if the module does not say how its matrices lie, or has no gate matrix.
+        """
+        flags = {
+            name: getattr(experts, name, None)
+            for name in ("has_gate", "is_transposed", "is_concatenated", "has_bias")
+        }
+        if None in flags.values():
+            raise ModelError(
+                f"Experts must say how their matrices lie, but {type(experts).__name__} has no "
+                f"flag {listing(name for name, value in flags.items() if value is None)}. flanmoe "
+                "reads models that use transformers' experts interface."
+            )
+        if not flags["has_gate"]:
+            raise ModelError(
+                f"Experts need a gate, an up and a down matrix, but {type(experts).__name__} has "
+                "no gate matrix. Use a model with gated experts."
+            )
+        return cls(
+            transposed=bool(flags["is_transposed"]),
+            interleaved=not flags["is_concatenated"],
+            biased=bool(flags["has_bias"]),
+        )
+
+
+@dataclass(slots=True)
+class NativeBlock:
+    """A `MoEBlock` over a transformers module with fused experts."""
+
+    name: str
+    layer: int
+    router: nn.Module
+    experts: nn.Module
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    expert_width: int
+    norm_top_k: bool
+    layout: ExpertLayout
+
+    def read_expert(self, index: int) -> ExpertWeights:
+        """Return copies of one expert's matrices, in `nn.Linear` orientation.
+
+        Raises:
+            ModelError: if there is no expert of that index.
+        """
+        gate, up = (half.clone() for half in self._gate_up_views(index))
+        down = self._down_view(index).clone()
+        if not self.layout.biased:
+            return ExpertWeights(gate, up, down)
+        gate_bias, up_bias = (half.clone() for half in self._gate_up_bias_views(index))
+        down_bias = self._parameter("down_proj_bias")[index].clone()
+        return ExpertWeights(gate, up, down, gate_bias, up_bias, down_bias)
+
+    def write_expert(self, index: int, weights: ExpertWeights) -> None:
+        """Overwrite one expert's matrices in place.
+
+        Raises:
+            ModelError: if there is no expert of that index, a shape differs, or biases are given to
+                experts without biases or missing for experts with them.
+        """
+        targets = [*self._gate_up_views(index), self._down_view(index)]
+        sources = [weights.gate, weights.up, weights.down]
+        if self.layout.biased:
+            targets += [*self._gate_up_bias_views(index), self._parameter("down_proj_bias")[index]]
+        biases = (weights.gate_bias, weights.up_bias, weights.down_bias)
+        sources += [bias for bias in biases if bias is not None]
+        expected = [tuple(target.shape) for target in targets]
+        found = [tuple(source.shape) for source in sources]
+        if found != expected:
+            raise ModelError(
+                f"An expert of {self.name} has matrices and biases of shapes {expected}, but "
+                f"{found} were given. Write an expert that was read from a block of the same shape."
+            )
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+
+    def router_output(self, returned: Any) -> RouterOutput:
+        """Read what the router module's forward returned: (logits, gates, expert ids)."""
+        logits, gates, expert_ids = returned
+        return RouterOutput(
+            logits=logits.reshape(-1, logits.shape[-1]),
+            gates=gates.reshape(-1, gates.shape[-1]),
+            expert_ids=expert_ids.reshape(-1, expert_ids.shape[-1]),
+        )
+
+    def _parameter(self, name: str) -> Tensor:
+        # Detached: a view of it can be written without autograd noticing, as an optimizer does.
+        return self.experts.get_parameter(name).detach()
+
+    def _gate_up_views(self, index: int) -> tuple[Tensor, Tensor]:
+        self._check_index(index)
+        fused = self._parameter("gate_up_proj")[index]
+        return self._halves(fused.T if self.layout.transposed else fused)
+
+    def _gate_up_bias_views(self, index: int) -> tuple[Tensor, Tensor]:
+        return self._halves(self._parameter("gate_up_proj_bias")[index])
+
+    def _halves(self, fused: Tensor) -> tuple[Tensor, Tensor]:
+        if self.layout.interleaved:
+            return fused[0::2], fused[1::2]
+        return fused[: self.expert_width], fused[self.expert_width :]
+
+    def _down_view(self, index: int) -> Tensor:
+        down = self._parameter("down_proj")[index]
+        return down.T if self.layout.transposed else down
+
+    def _check_index(self, index: int) -> None:
+        if not 0 <= index < self.num_experts:
+            raise ModelError(
+                f"{self.name} has experts 0 to {self.num_experts - 1}, but expert {index} was "
+                "asked for."
+            )
+
+
+def moe_blocks(model: nn.Module) -> list[MoEBlock]:
+    """Return the sparse blocks of a model in layer order; none for a dense model.
+
+    Works on the meta device too: nothing but shapes and the routers' code is looked at.
+
+    Raises:
+        ModelError: if experts are stored in a form that cannot be read as gate, up and down
+            matrices, or no child beside them works as a router.
+    """
+    blocks: list[MoEBlock] = []
+    for name, module in model.named_modules():
+        for experts in module.children():
+            if _holds_fused_experts(experts):
+                blocks.append(_native_block(name, module, experts))
+    return blocks
+
+
+def require_moe_blocks(model: nn.Module) -> list[MoEBlock]:
+    """Return the sparse blocks of a model that must have some.
+
+    Raises:
+        ModelError: if the model is dense.
+    """
+    blocks = moe_blocks(model)
+    if not blocks:
+        raise ModelError(
+            f"This needs a sparse model, but {type(model).__name__} has no module with a router "
+            "and experts. Make it sparse first with `flanmoe upcycle`."
+        )
+    return blocks
+
+
+def _holds_fused_experts(module: nn.Module) -> bool:
+    shapes = {name: parameter.ndim for name, parameter in module.named_parameters(recurse=False)}
+    return shapes.get("down_proj") == 3 and (
+        shapes.get("gate_up_proj") == 3 or shapes.get("up_proj") == 3
+    )
+
+
+def _native_block(name: str, parent: nn.Module, experts: nn.Module) -> NativeBlock:
+    layout = ExpertLayout.of(experts)
+    down = experts.get_parameter("down_proj")
+    num_experts, hidden_size, width = down.shape
+    if layout.transposed:
+        hidden_size, width = width, hidden_size
+    router, probe = _find_router(name, parent, num_experts, hidden_size)
+    return NativeBlock(
+        name=name,
+        layer=_layer_number(name),
+        router=router,
+        experts=experts,
+        num_experts=num_experts,
+        top_k=probe.gates.shape[1],
+        hidden_size=hidden_size,
+        expert_width=width,
+        norm_top_k=_sums_are_constant(probe.gates),
+        layout=layout,
+    )
+
+
+def _find_router(
+    name: str, parent: nn.Module, num_experts: int, hidden_size: int
+) -> tuple[nn.Module, RouterOutput]:
+    for child in parent.children():
+        # One row of weights for each expert is what every learned router has; a plain linear layer
+        # (Qwen2-MoE's gate of the shared expert) returns scores alone.
+        has_rows = any(p.ndim == 2 and p.shape[0] == num_experts for p in child.parameters())
+        if not has_rows or isinstance(child, nn.Linear):
+            continue
+        output = _probe(child, num_experts, hidden_size)
+        if output is not None:
+            return child, output
+    raise ModelError(
+        "A sparse block needs a router that returns (logits, gates, expert ids) for hidden states, "
+        f"but {name} ({type(parent).__name__}) has none among its children "
+        f"({', '.join(child for child, _ in parent.named_children())}). "
+        "flanmoe cannot read this architecture yet."
+    )
+
+
+@torch.no_grad()
+def _probe(module: nn.Module, num_experts: int, hidden_size: int) -> RouterOutput | None:
+    """Run a float32 copy with random weights on random inputs; None if it does not act as a router.
+
+    The copy gets weights of its own so that this works without real weights (meta device) and tells
+    a renormalising router from one whose weights happen to be zero. `forward` is called directly:
+    hooks on the original are no part of the question.
+    """
+    generator = torch.Generator().manual_seed(0)
+    own: dict[int, Any] = {}
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        values = torch.randn(tensor.shape, generator=generator) / hidden_size**0.5
+        own[id(tensor)] = nn.Parameter(values) if isinstance(tensor, nn.Parameter) else values * 0
+    hidden = torch.randn(_NUM_PROBE_TOKENS, hidden_size, generator=generator)
+    returned = copy.deepcopy(module, own).forward(hidden)
+    if not isinstance(returned, tuple) or len(returned) != 3:
+        return None
+    logits, gates, expert_ids = returned
+    if logits.shape != (_NUM_PROBE_TOKENS, num_experts) or gates.shape != expert_ids.shape:
+        return None
+    return RouterOutput(logits=logits, gates=gates, expert_ids=expert_ids)
+
+
+def _sums_are_constant(gates: Float[Tensor, "T k"]) -> bool:
+    # DeepSeek-V3 scales renormalised gates by a constant, so the sum need not be 1.
+    sums = gates.float().sum(dim=-1)
+    return bool((sums.max() - sums.min()) <= 1e-4 * sums.abs().max())
+
+
+def _layer_number(name: str) -> int:
+    for part in name.split("."):
+        if part.isdigit():
+            return int(part)
+    return 0

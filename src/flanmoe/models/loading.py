@@ -1,0 +1,152 @@
+"""Loading and saving: one way in and out for every model, with every failure said in one sentence.
+
+A reference is `smollm2-135m-instruct` (see `embedded`), a folder, or a hub id.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from flanmoe.core.errors import ModelError
+from flanmoe.core.names import nearest_name_hint
+from flanmoe.models.blocks import moe_blocks
+from flanmoe.models.embedded import EMBEDDED_NAME, embedded_model_path
+from flanmoe.models.experts_interface import EXPERTS_IMPLEMENTATION
+
+# What transformers and safetensors raise for files that are missing, torn, foreign or unreachable.
+_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+
+
+def resolve_reference(reference: str) -> str:
+    """Return a folder or a hub id for a reference; the embedded model becomes its cache folder.
+
+    Raises:
+        ModelError: if the reference reads like a folder that is not there, or is a folder without a
+            model.
+    """
+    if reference == EMBEDDED_NAME:
+        return str(embedded_model_path())
+    path = Path(reference)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ModelError(
+                f"A model folder must hold a config.json, but {reference} has none. Name a folder "
+                "that `save_pretrained` or flanmoe wrote."
+            )
+        return reference
+    reads_like_a_path = path.is_absolute() or reference.startswith(".") or reference.count("/") > 1
+    if reads_like_a_path or path.is_file():
+        raise ModelError(
+            f"The model folder {reference} {'is a file' if path.is_file() else 'does not exist'}. "
+            f"Name a folder, a hub id, or `{EMBEDDED_NAME}`."
+        )
+    return reference
+
+
+def load_config(reference: str) -> PreTrainedConfig:
+    """Read the configuration of a causal language model.
+
+    Raises:
+        ModelError: if it cannot be read, or is not a causal language model's.
+    """
+    place = resolve_reference(reference)
+    with _one_sentence(reference, "configuration"):
+        config = AutoConfig.from_pretrained(place)
+    _check_causal(reference, config)
+    return config
+
+
+def load_model(reference: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a causal language model on the CPU, in evaluation mode; experts run flanmoe's compute.
+
+    Raises:
+        ModelError: if it cannot be loaded, is not a causal language model, or its files lack
+            weights.
+    """
+    config = load_config(reference)
+    with _one_sentence(reference, "weights"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            resolve_reference(reference), config=config, dtype=dtype, output_loading_info=True
+        )
+    model, report = loaded
+    # transformers only warns, and goes on with random values.
+    if lacking := sorted({*report["missing_keys"], *_names(report["mismatched_keys"])}):
+        raise ModelError(
+            f"The model {reference} must hold every weight of {type(model).__name__}, but "
+            f"{len(lacking)} are missing or of another shape, the first {lacking[0]}. Get a "
+            "complete checkpoint."
+        )
+    if moe_blocks(model):
+        model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+    return model.eval()
+
+
+def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model.
+
+    Raises:
+        ModelError: if it cannot be loaded, or has no end-of-text token.
+    """
+    place = resolve_reference(reference)
+    with _one_sentence(reference, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"A tokenizer needs an end-of-text token, but that of {reference} has none. Set "
+            "`eos_token` in its tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a checkpoint that `load_model` and transformers' AutoModel read, with its tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _check_causal(reference: str, config: PreTrainedConfig) -> None:
+    # Encoders such as BERT have a causal class too; their configuration says whether it is meant.
+    decodes = getattr(config, "is_decoder", True) and not config.is_encoder_decoder
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    written = config.architectures or []
+    if (
+        config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and decodes
+        and (not written or known.intersection(written))
+    ):
+        return
+    found = written[0] if written else f"a model of type `{config.model_type}`"
+    raise ModelError(
+        f"flanmoe works with causal language models, but {reference} is {found}. Choose a "
+        "decoder-only model (Llama, Mistral, Qwen, Mixtral, OLMoE, ...)."
+    )
+
+
+def _names(mismatched: set[tuple] | list[tuple]) -> set[str]:
+    return {entry[0] for entry in mismatched}
+
+
+@contextmanager
+def _one_sentence(reference: str, part: str) -> Iterator[None]:
+    try:
+        yield
+    except _LOADING_ERRORS as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise ModelError(
+            f"The {part} of the model {reference} cannot be read: {reason}. Name a folder, a hub "
+            "id that this machine can reach, or "
+            f"`{EMBEDDED_NAME}`.{nearest_name_hint(reference, [EMBEDDED_NAME])}"
+        ) from error

@@ -1,0 +1,143 @@
+"""Expert compute: one fast function for every sparse block, and the sum that defines it.
+
+Axes: T tokens, k choices a token, E experts, H hidden size, I expert width, F width of the first
+product (2I for gated experts). An expert id of E or above stands for "no expert": the assignment
+adds nothing. That is how a dropped token, or an expert that lives on another rank, is written.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class FusedExperts:
+    """The matrices of all experts of one block, and what happens between them.
+
+    An expert computes `output_norm(down @ combine(gate_up @ x + gate_up_bias) + down_bias)`.
+
+    Attributes:
+        gate_up: first matrices, fused; views with other strides are fine.
+        down: second matrices.
+        combine: turns the first product (N, F) into the second's input (N, I); see `gated`.
+        gate_up_bias, down_bias: biases, None where there are none.
+        output_norm: applied to each expert's output, None for the identity.
+    """
+
+    gate_up: Float[Tensor, "E F H"]
+    down: Float[Tensor, "E H I"]
+    combine: Callable[[Tensor], Tensor]
+    gate_up_bias: Float[Tensor, "E F"] | None = None
+    down_bias: Float[Tensor, "E H"] | None = None
+    output_norm: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts."""
+        return self.gate_up.shape[0]
+
+
+def gated(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return `activation(gate) * up` for products whose first half is the gate (SwiGLU and its
+    kin)."""
+
+    def combine(product: Tensor) -> Tensor:
+        gate, up = product.chunk(2, dim=-1)
+        return activation(gate) * up
+
+    return combine
+
+
+def expert_ffn(
+    hidden: Float[Tensor, "T H"],
+    expert_ids: Int[Tensor, "T k"],
+    gates: Float[Tensor, "T k"],
+    experts: FusedExperts,
+) -> Float[Tensor, "T H"]:
+    """Return for each token the gate-weighted sum of its experts' outputs.
+
+    Assignments are sorted by expert, so that each expert that is used does one product over its own
+    tokens. Gates enter and choices are added in float32 (float64 stays float64), always in the
+    order of
+    the choices: the result does not depend on how threads happen to run.
+    """
+    num_tokens, top_k = expert_ids.shape
+    flat_ids = expert_ids.reshape(-1)
+    order = flat_ids.argsort(stable=True)
+    # Both gathers run over a permutation. Their backward passes therefore add every row exactly
+    # once, whereas hidden[order // k] would add k rows into one place in whatever order the device
+    # likes.
+    choices = hidden.unsqueeze(1).expand(-1, top_k, -1).flatten(0, 1)
+    outputs = _run_sorted(choices.index_select(0, order), flat_ids, experts)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.numel(), device=order.device)
+    outputs = outputs.index_select(0, back).view(num_tokens, top_k, hidden.shape[-1])
+    accumulate = torch.promote_types(outputs.dtype, torch.float32)
+    weighted = outputs.to(accumulate) * gates.to(accumulate).unsqueeze(-1)
+    return weighted.sum(dim=1).to(hidden.dtype)
+
+
+def _run_sorted(
+    rows: Float[Tensor, "N H"], flat_ids: Int[Tensor, " N"], experts: FusedExperts
+) -> Float[Tensor, "N H"]:
+    """Run each expert on its consecutive rows; rows past the last expert's give zeros."""
+    counts = _counts(flat_ids, experts.num_experts)
+    parts: list[Tensor] = []
+    start = 0
+    # One unbind: indexing a fused parameter inside autograd would allocate a gradient of its full
+    # size for every expert.
+    gate_ups, downs = experts.gate_up.unbind(), experts.down.unbind()
+    for expert, (gate_up, down) in enumerate(zip(gate_ups, downs, strict=True)):
+        if counts[expert] == 0:
+            continue
+        product = F.linear(
+            rows[start : start + counts[expert]], gate_up, _row(experts.gate_up_bias, expert)
+        )
+        output = F.linear(experts.combine(product), down, _row(experts.down_bias, expert))
+        parts.append(output if experts.output_norm is None else experts.output_norm(output))
+        start += counts[expert]
+    if start < rows.shape[0] or not parts:
+        parts.append(torch.zeros_like(rows[start:], dtype=parts[0].dtype if parts else rows.dtype))
+    return torch.cat(parts)
+
+
+def _counts(flat_ids: Int[Tensor, " N"], num_experts: int) -> list[int]:
+    counts: list[int] = torch.bincount(flat_ids, minlength=num_experts).tolist()  # pyright: ignore
+    return counts
+
+
+def expert_ffn_reference(
+    hidden: Float[Tensor, "T H"],
+    expert_ids: Int[Tensor, "T k"],
+    gates: Float[Tensor, "T k"],
+    experts: FusedExperts,
+) -> Float[Tensor, "T H"]:
+    """Define `expert_ffn`: the sum over tokens and choices, written out. Slow; for tests."""
+    rows = [torch.zeros_like(row) for row in hidden]
+    for token in range(hidden.shape[0]):
+        for choice in range(expert_ids.shape[1]):
+            expert = int(expert_ids[token, choice])
+            if expert < experts.num_experts:
+                output = _one_expert(hidden[token], expert, experts)
+                rows[token] = rows[token] + gates[token, choice] * output
+    return torch.stack(rows) if rows else torch.zeros_like(hidden)
+
+
+def _one_expert(
+    token: Float[Tensor, " H"], expert: int, experts: FusedExperts
+) -> Float[Tensor, " H"]:
+    product = experts.gate_up[expert] @ token
+    if experts.gate_up_bias is not None:
+        product = product + experts.gate_up_bias[expert]
+    output = experts.down[expert] @ experts.combine(product)
+    if experts.down_bias is not None:
+        output = output + experts.down_bias[expert]
+    return output if experts.output_norm is None else experts.output_norm(output)
+
+
+def _row(matrix: Float[Tensor, "E D"] | None, index: int) -> Float[Tensor, " D"] | None:
+    return None if matrix is None else matrix[index]

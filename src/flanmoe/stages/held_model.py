@@ -1,0 +1,50 @@
+"""The model that a chain of stages works on, loaded when it is first needed."""
+
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flanmoe.evaluation.results import read_training_hashes
+from flanmoe.models.loading import load_model, load_tokenizer, resolve_reference
+
+
+class HeldModel:
+    """A model by reference, with its tokenizer and the hashes of what it was trained on.
+
+    Args:
+        reference: a known name, a folder or a hub id.
+    """
+
+    def __init__(self, reference: str) -> None:
+        self._reference = reference
+        self._model: PreTrainedModel | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def reference(self) -> str:
+        """Where the model comes from."""
+        return self._reference
+
+    def model(self) -> PreTrainedModel:
+        """Return the model with float32 weights, loading it the first time."""
+        if self._model is None:
+            self._model = load_model(self._reference)
+        return self._model
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the model's tokenizer, loading it the first time."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._reference)
+        return self._tokenizer
+
+    def training_hashes(self) -> frozenset[str]:
+        """Return the content hashes of the examples that flanmoe has trained this model on."""
+        folder = Path(resolve_reference(self._reference))
+        return read_training_hashes(folder) if folder.is_dir() else frozenset()
+
+    def saved(self, model: PreTrainedModel, folder: Path) -> "HeldModel":
+        """Return a holder of `model`, which has been written to `folder`, without loading it again."""
+        successor = HeldModel(str(folder))
+        successor._model = model
+        successor._tokenizer = self._tokenizer
+        return successor

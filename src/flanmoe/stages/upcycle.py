@@ -1,0 +1,99 @@
+"""The stage `upcycle`: a dense model becomes a sparse one, checked before it is saved."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from flanmoe.models.plan import ParameterCount, count_parameters
+from transformers import PreTrainedTokenizerBase
+
+from flanmoe.core.config import Config
+from flanmoe.core.console import say
+from flanmoe.core.errors import RunError
+from flanmoe.core.files import disk_errors
+from flanmoe.core.rundir import RunDir
+from flanmoe.core.seeds import SeedTree
+from flanmoe.models.loading import save_model
+from flanmoe.models.upcycle import UpcycleConfig, check_step0, upcycle
+from flanmoe.stages.context import StageContext
+from flanmoe.stages.held_model import HeldModel
+from flanmoe.stages.recipe import UpcycleStage
+
+# What the two models are compared on: plain prose of ours, enough to visit many experts.
+_PROBE_TEXT = (
+    "A market opens before sunrise. Farmers unload crates of apples, onions and late tomatoes, a baker "
+    "sets out forty loaves, and a girl counts change from a tin. By nine o'clock the square is full; by two "
+    "it is swept. If each of twelve stalls sells thirty kilograms at two euros a kilogram, how much money "
+    "changes hands? First multiply twelve by thirty, which is 360, then double it: 720 euros. Not every "
+    "sale is a good one, though. The river, which floods in spring, decides more than the price does, and "
+    "the council argues about a wall: engineers want concrete, biologists want reeds, historians want the "
+    "old mill kept. def total(stalls, weight, price): return stalls * weight * price. True or false: a "
+    "reed bed slows water? True. The answer is (B)."
+)
+
+
+class UpcycleResult(Config):
+    """What upcycling did.
+
+    Attributes:
+        step0_max_abs_diff: largest difference between a logit of the dense and of the sparse model.
+        exact: whether the mode promises that it is 0 up to rounding.
+        dense, sparse: parameter counts.
+    """
+
+    step0_max_abs_diff: float
+    exact: bool
+    dense: ParameterCount
+    sparse: ParameterCount
+
+
+def run_upcycle(
+    stage: UpcycleStage, held: HeldModel, context: StageContext
+) -> tuple[HeldModel, UpcycleResult]:
+    """Upcycle the model in hand, compare it with the dense one, save it in the stage's folder.
+
+    Raises:
+        ModelError: if the family cannot be upcycled as asked, or an exact mode differs at step 0.
+    """
+    return upcycle_and_save(stage, held, context.model_folder, context.seeds.child("upcycle"))
+
+
+def upcycle_and_save(
+    stage: UpcycleStage, held: HeldModel, folder: Path, seeds: SeedTree
+) -> tuple[HeldModel, UpcycleResult]:
+    """Upcycle, compare, save to `folder`; see `run_upcycle`."""
+    config = UpcycleConfig(**{name: getattr(stage, name) for name in UpcycleConfig.model_fields})
+    dense = held.model()
+    sparse = upcycle(dense, config, seeds)
+    difference = check_step0(dense, sparse, probe_tokens(held.tokenizer()), config)
+    say(f"    largest logit difference from the dense model: {difference:.2e}")
+    with disk_errors(folder):
+        save_model(sparse, held.tokenizer(), folder)
+    result = UpcycleResult(
+        step0_max_abs_diff=difference,
+        exact=config.exact,
+        dense=count_parameters(dense),
+        sparse=count_parameters(sparse),
+    )
+    return held.saved(sparse, folder), result
+
+
+def probe_tokens(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Return one row of token ids (1, L) on which a dense and a sparse model are compared."""
+    encoded = tokenizer(_PROBE_TEXT, return_tensors="pt", add_special_tokens=False)
+    return encoded["input_ids"]
+
+
+def upcycle_folder(base: str, out: Path, values: dict[str, Any], *, seed: int) -> dict[str, Any]:
+    """Upcycle `base` into the new folder `out`; what `flanmoe upcycle` does.
+
+    Raises:
+        RunError: if `out` already holds files.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise RunError(f"The folder {out} must be empty or new, but already holds files.")
+    stage = UpcycleStage.parse({"stage": "upcycle", **values}, origin="The command line")
+    _, result = upcycle_and_save(stage, HeldModel(base), out, SeedTree(seed).child("upcycle"))
+    say(f"Written to {out}.")
+    RunDir(out).write_json("upcycle.json", {**stage.to_mapping(), "seed": seed, "base": base})
+    return {"model": str(out), **result.to_mapping()}

@@ -1,0 +1,388 @@
+"""From what a study recorded on disk to everything that its report shows."""
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from flanmoe.core.ledger import Ledger
+from flanmoe.core.rundir import RunDir
+from flanmoe.core.seeds import SeedTree
+from flanmoe.evaluation import results as evaluation_results
+from flanmoe.evaluation.comparison import CONFIDENCE_LEVEL, PairedDifference, compare
+from flanmoe.evaluation.metrics import Estimate
+from flanmoe.evaluation.results import SuiteResult, read_result
+from flanmoe.stages.tune import TuneStageResult
+from flanmoe.stages.upcycle import UpcycleResult
+from flanmoe.study.executor import Job
+from flanmoe.study.report_data import (
+    ArmReport,
+    Comparison,
+    CurvePoint,
+    DataReport,
+    Evaluation,
+    ExpertLoadReport,
+    Flops,
+    Hardware,
+    LossCurve,
+    Memory,
+    Metric,
+    Parameters,
+    ReportData,
+    RouterLosses,
+    Score,
+    TaskData,
+    TaskScore,
+)
+from flanmoe.study.runner import RESULT_FILE
+from flanmoe.study.study import Study
+
+
+class SeedResults:
+    """What one arm recorded with one seed: its stages by kind, in order."""
+
+    def __init__(self, study_dir: Path, arm: str, seed: int) -> None:
+        self.seed = seed
+        folder = RunDir(Job(study_dir, arm, seed, None).folder)
+        self.seconds: float = folder.read_json(RESULT_FILE)["seconds"]
+        self.stages: list[dict[str, Any]] = folder.read_json(RESULT_FILE)["stages"]
+        self._folder = folder
+
+    def _details(self, kind: str) -> list[tuple[int, dict[str, Any]]]:
+        return [(i, stage) for i, stage in enumerate(self.stages) if stage["stage"] == kind]
+
+    @property
+    def upcycled(self) -> UpcycleResult | None:
+        """The last upcycling, None where there was none."""
+        found = self._details("upcycle")
+        return UpcycleResult.parse(found[-1][1]["details"]) if found else None
+
+    @property
+    def tuned(self) -> TuneStageResult | None:
+        """The last tuning, None where there was none."""
+        found = self._details("tune")
+        return TuneStageResult.parse(found[-1][1]["details"]) if found else None
+
+    @property
+    def tune_stage(self) -> dict[str, Any] | None:
+        """The record of the last tuning stage."""
+        found = self._details("tune")
+        return found[-1][1] if found else None
+
+    @property
+    def evaluation_only(self) -> set[str]:
+        """Evaluated tasks whose authors ask that nothing is trained on them."""
+        found = self._details("evaluate")
+        return {name for _, stage in found for name in stage["details"]["evaluation_only"]}
+
+    def evaluation(self, *, after: bool) -> SuiteResult | None:
+        """The first evaluation before any tuning, or the last one after it; with its examples."""
+        tuned = self._details("tune")
+        first_tuning = tuned[0][0] if tuned else len(self.stages)
+        chosen = [
+            (i, stage) for i, stage in self._details("evaluate") if (i > first_tuning) == after
+        ]
+        if not chosen:
+            return None
+        number, stage = chosen[-1] if after else chosen[0]
+        return read_result(self._folder.child(f"{number:02d}-{stage['label']}").path)
+
+
+def collect(study: Study, run: RunDir) -> ReportData:
+    """Read a finished study's folder.
+
+    Raises:
+        RunError: if an arm is not finished.
+    """
+    arms = {
+        name: [SeedResults(run.path, name, seed) for seed in study.seeds] for name in study.arms
+    }
+    reports = tuple(_arm_report(study, name, seeds) for name, seeds in arms.items())
+    tuned = next((seed.tuned for seeds in arms.values() for seed in seeds if seed.tuned), None)
+    return ReportData(
+        study=study.name,
+        description=study.description,
+        scale=_scale(reports, len(study.seeds)),
+        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        versions=run.read_json("versions.json"),
+        hardware=_hardware(),
+        baseline=study.baseline_arm,
+        arms=reports,
+        data=_data_report(study, tuned, arms),
+        comparisons=tuple(_comparisons(study, arms)),
+        notes=tuple(_notes(arms)),
+        limits=tuple(_limits(study, reports)),
+    )
+
+
+def _arm_report(study: Study, name: str, seeds: Sequence[SeedResults]) -> ArmReport:
+    first = seeds[0]
+    tuned = [seed.tuned for seed in seeds if seed.tuned is not None]
+    ledger = sum((result.training.ledger for result in tuned), Ledger())
+    parameters, flops, memory, router = _sizes(first)
+    upcycled = first.upcycled
+    return ArmReport(
+        label=name,
+        description=", then ".join(stage.label for stage in study.arms[name].stages),
+        seeds=tuple(study.seeds),
+        parameters=parameters,
+        flops=flops,
+        ledger=ledger,
+        memory=memory,
+        before=_mean_evaluation([seed.evaluation(after=False) for seed in seeds]),
+        after=_mean_evaluation([seed.evaluation(after=True) for seed in seeds]),
+        curves=tuple(_curve(seed) for seed in seeds if seed.tuned is not None),
+        expert_load=_expert_load(tuned[0]) if tuned else None,
+        router_losses=router,
+        step0_max_abs_diff=upcycled.step0_max_abs_diff if upcycled else None,
+    )
+
+
+def _sizes(
+    seed: SeedResults,
+) -> tuple[Parameters, Flops, Memory | None, RouterLosses | None]:
+    """Parameters, FLOPs, memory and router losses, from tuning if there was any, else from upcycling."""
+    tuned = seed.tuned
+    if tuned is None:
+        counts = seed.upcycled.sparse if seed.upcycled else None
+        parameters = (
+            Parameters(total=counts.total, active=counts.active, trainable=counts.trainable)
+            if counts
+            else Parameters(total=0, active=0, trainable=0)
+        )
+        return parameters, Flops(body=0, head=0, attention_scores=0, context_length=1), None, None
+    record = seed.tune_stage or {}
+    measured = record["peak_memory_bytes"] if record.get("peak_memory_is_of_this_stage") else None
+    return (
+        Parameters(
+            total=tuned.parameters.total,
+            active=tuned.parameters.active,
+            trainable=tuned.parameters.trainable,
+        ),
+        Flops(
+            body=tuned.flops.body,
+            head=tuned.flops.head,
+            attention_scores=tuned.flops.attention_scores,
+            context_length=tuned.flops.context_length,
+        ),
+        Memory(estimate=tuned.memory.parts, measured=measured),
+        _router_losses(tuned),
+    )
+
+
+def _router_losses(tuned: TuneStageResult) -> RouterLosses | None:
+    if tuned.training.expert_load is None:
+        return None
+    return RouterLosses(settings=tuned.training.router_settings, last=tuned.training.router_last)
+
+
+def _expert_load(tuned: TuneStageResult) -> ExpertLoadReport | None:
+    load = tuned.training.expert_load
+    if load is None:
+        return None
+    return ExpertLoadReport(
+        layers=tuple(load.layers), shares=tuple(load.shares), entropy_nats=tuple(load.entropy_nats)
+    )
+
+
+def _curve(seed: SeedResults) -> LossCurve:
+    assert seed.tuned is not None
+    points = seed.tuned.training.loss_history
+    return LossCurve(
+        seed=seed.seed,
+        points=tuple(CurvePoint(tokens=point.tokens, loss=point.loss) for point in points),
+    )
+
+
+def _score(estimate: Estimate, *, chance: float | None = None) -> Score:
+    error = estimate.clustered_standard_error or estimate.standard_error
+    return Score(
+        mean=estimate.mean, standard_error=error, num_examples=estimate.num_values, chance=chance
+    )
+
+
+def _scores(scores: evaluation_results.Scores) -> tuple[Score, Score | None]:
+    accuracy = scores.accuracy
+    return _score(scores.loss), _score(accuracy, chance=scores.chance) if accuracy else None
+
+
+def _evaluation(result: SuiteResult) -> Evaluation:
+    loss, accuracy = _scores(result.pooled)
+    tasks: list[TaskScore] = []
+    for task in result.tasks:
+        task_loss, task_accuracy = _scores(task.headline)
+        tasks.append(
+            TaskScore(
+                task=task.task, loss=task_loss, accuracy=task_accuracy, num_seen=task.num_seen
+            )
+        )
+    return Evaluation(loss=loss, accuracy=accuracy, tasks=tuple(tasks))
+
+
+def _mean_evaluation(results: Sequence[SuiteResult | None]) -> Evaluation | None:
+    """Average evaluations of several seeds; the questions are the same, so their errors do not shrink."""
+    evaluations = [_evaluation(result) for result in results if result is not None]
+    if not evaluations:
+        return None
+    first = evaluations[0]
+    return Evaluation(
+        loss=_mean_score([item.loss for item in evaluations]),
+        accuracy=_mean_score([item.accuracy for item in evaluations if item.accuracy]),
+        tasks=tuple(
+            TaskScore(
+                task=task.task,
+                loss=_mean_score([item.tasks[i].loss for item in evaluations]) or task.loss,
+                accuracy=_mean_score(
+                    [score for item in evaluations if (score := item.tasks[i].accuracy)]
+                ),
+                num_seen=task.num_seen,
+            )
+            for i, task in enumerate(first.tasks)
+        ),
+    )
+
+
+def _mean_score(scores: Sequence[Score]) -> Any:
+    if not scores:
+        return None
+    means = [score.mean for score in scores]
+    mean = (
+        None if None in means else sum(value for value in means if value is not None) / len(means)
+    )
+    return scores[0].model_copy(update={"mean": mean})
+
+
+def _comparisons(study: Study, arms: Mapping[str, Sequence[SeedResults]]) -> "list[Comparison]":
+    found: list[Comparison] = []
+    for number, seed in enumerate(study.seeds):
+        tag = f" (seed {seed})" if len(study.seeds) > 1 else ""
+        baseline = arms[study.baseline_arm][number].evaluation(after=True)
+        for name, results in arms.items():
+            after = results[number].evaluation(after=True)
+            before = results[number].evaluation(after=False)
+            draws = SeedTree(seed).child("comparison").child(name)
+            if after and baseline and name != study.baseline_arm:
+                pair = (name + tag, study.baseline_arm + tag)
+                found += _paired(pair, "arms", (baseline, after), draws.child("arms"))
+            if after and before:
+                pair = (f"{name} after{tag}", f"{name} before{tag}")
+                found += _paired(pair, "tuning", (before, after), draws.child("tuning"))
+    return sorted(found, key=lambda comparison: comparison.kind != "arms")
+
+
+def _paired(
+    names: tuple[str, str], kind: Any, results: tuple[SuiteResult, SuiteResult], draws: SeedTree
+) -> list[Comparison]:
+    comparison = compare(*results, seeds=draws).pooled
+    rows: list[tuple[Metric, PairedDifference | None]] = [
+        ("loss", comparison.loss),
+        ("accuracy", comparison.accuracy),
+    ]
+    return [_comparison(names, kind, metric, row) for metric, row in rows if row and row.interval]
+
+
+def _comparison(
+    names: tuple[str, str], kind: Any, metric: Metric, row: PairedDifference
+) -> Comparison:
+    assert row.interval is not None
+    estimate = row.difference
+    return Comparison(
+        subject=names[0],
+        reference=names[1],
+        kind=kind,
+        metric=metric,
+        mean=estimate.mean,
+        standard_error=estimate.clustered_standard_error or estimate.standard_error,
+        low=row.interval[0],
+        high=row.interval[1],
+        confidence=CONFIDENCE_LEVEL,
+        num_examples=estimate.num_values,
+    )
+
+
+def _data_report(
+    study: Study, tuned: TuneStageResult | None, arms: Mapping[str, Sequence[SeedResults]]
+) -> DataReport:
+    evaluated = [
+        result
+        for seeds in arms.values()
+        for seed in seeds
+        if (result := seed.evaluation(after=True) or seed.evaluation(after=False))
+    ]
+    names = list(dict.fromkeys(task.task for result in evaluated for task in result.tasks))
+    kept_back = {name for seeds in arms.values() for seed in seeds for name in seed.evaluation_only}
+    if tuned is None:
+        return DataReport(held_out=tuple(names))
+    drawn = sum(counts.examples for counts in tuned.packing.tasks.values())
+    return DataReport(
+        tasks=tuple(
+            TaskData(task=task, num_examples=counts.examples, share=counts.examples / max(drawn, 1))
+            for task, counts in sorted(tuned.packing.tasks.items())
+        ),
+        num_seen=tuned.examples_seen,
+        num_dropped=tuned.packing.num_dropped,
+        num_truncated=tuned.packing.num_truncated,
+        padding_share=tuned.packing.padding_share,
+        held_out=tuple(name for name in names if name not in kept_back),
+        evaluation_only=tuple(name for name in names if name in kept_back),
+    )
+
+
+def _scale(arms: Sequence[ArmReport], num_seeds: int) -> str:
+    largest = max(arm.parameters.total for arm in arms) / 1e6
+    tokens = max(arm.ledger.real_tokens for arm in arms)
+    return (
+        f"A small run: up to {largest:.0f} million parameters, {tokens:,} tokens of tuning an arm, "
+        f"{num_seeds} seed{'s' if num_seeds > 1 else ''}."
+    )
+
+
+def _notes(arms: Mapping[str, Sequence[SeedResults]]) -> "list[str]":
+    notes: list[str] = []
+    for name, seeds in arms.items():
+        upcycled = seeds[0].upcycled
+        if upcycled is not None:
+            notes.append(
+                f"Before tuning, no logit of the upcycled arm `{name}` differed by more than "
+                f"{upcycled.step0_max_abs_diff:.1e} from the dense model's on the probe text."
+            )
+        result = seeds[0].evaluation(after=True)
+        for skipped in result.skipped if result else ():
+            notes.append(f"Task `{skipped.task}` was skipped: {skipped.reason}")
+    return notes
+
+
+def _limits(study: Study, arms: Sequence[ArmReport]) -> "list[str]":
+    limits = [
+        "One model of 135 million parameters and a few minutes of tuning say nothing about larger models "
+        "or longer tuning."
+        if max(arm.parameters.active for arm in arms) < 1e9
+        else "One base model says little about others.",
+    ]
+    if len(study.seeds) == 1:
+        limits.append(
+            "One seed: the intervals cover the choice of questions, not the luck of initialisation and data "
+            "order."
+        )
+    return limits
+
+
+def _hardware() -> Hardware:
+    return Hardware(
+        cpu=_cpu_name(),
+        num_cores=len(os.sched_getaffinity(0)),
+        memory_bytes=psutil.virtual_memory().total,
+    )
+
+
+def _cpu_name() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

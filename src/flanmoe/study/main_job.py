@@ -1,0 +1,151 @@
+"""The main job: run a study, collect what it recorded, write the report, say what came out."""
+
+import shlex
+import time
+from collections.abc import Sequence
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flanmoe.core.config import read_yaml
+from flanmoe.core.console import say, show_table
+from flanmoe.core.errors import Interrupted, UserError
+from flanmoe.core.rundir import RunDir
+from flanmoe.study.collect import SeedResults, collect
+from flanmoe.study.executor import LocalExecutor
+from flanmoe.study.plan import plan_study, plan_table
+from flanmoe.study.report import summary_table, write_report
+from flanmoe.study.report_data import ArmReport, Evaluation, ReportData, Score
+from flanmoe.study.runner import run_study
+from flanmoe.study.study import Study, study_from_mapping
+
+_DEFAULT_MINUTES = 15.0
+_TIMING_FILE = "seconds.jsonl"
+
+
+def quickstart_study(*, minutes: float, overrides: Sequence[str]) -> Study:
+    """Return the quickstart's study with tuning and evaluation scaled to a budget.
+
+    Tokens are a function of `minutes` alone and not of the machine's speed, so that a run can be repeated.
+    """
+    resource = package_files("flanmoe.study").joinpath("quickstart.yaml")
+    values = yaml.safe_load(resource.read_text(encoding="utf-8"))
+    share = minutes / _DEFAULT_MINUTES
+    steps = values["defaults"]["tune"]["train"]["steps"]
+    limit = values["defaults"]["evaluate"]["limit"]
+    scaled = [
+        f"defaults.tune.train.steps={max(1, round(steps * share))}",
+        f"defaults.evaluate.limit={max(8, min(limit, round(limit * share)))}",
+    ]
+    changes = [] if share == 1 else scaled
+    return study_from_mapping(values, overrides=[*changes, *overrides], origin="quickstart.yaml")
+
+
+def run_and_report(
+    study: Study, folder: Path, *, data_dir: Path | None, resume: bool
+) -> dict[str, Any]:
+    """Run a study to its end and report it; returns what `--json` prints.
+
+    Raises:
+        UserError: if an arm does not fit this machine, or something asked for cannot be done.
+        Interrupted: after Ctrl-C, with the state saved and the command that goes on in the message.
+    """
+    if not resume:
+        _check_plan(study, data_dir, folder)
+    start = time.monotonic()
+    try:
+        run = run_study(study, folder, executor=LocalExecutor(), data_dir=data_dir, resume=resume)
+    except Interrupted as stop:
+        raise Interrupted(
+            f"{stop} Same command with: --resume --out {shlex.quote(str(folder))}"
+        ) from stop
+    finally:
+        if (folder / "run.json").exists():
+            RunDir(folder).log(_TIMING_FILE, {"seconds": time.monotonic() - start})
+    return _report(study, run)
+
+
+def rebuild_report(folder: Path) -> dict[str, Any]:
+    """Write the report of a finished run again.
+
+    Raises:
+        RunError: if `folder` is not a run's, or an arm is not finished.
+    """
+    run = RunDir.existing(folder)
+    return _report(Study.parse(read_yaml(run.file("recipe.yaml")), origin="recipe.yaml"), run)
+
+
+def _check_plan(study: Study, data_dir: Path | None, folder: Path) -> None:
+    planned = plan_study(study, data_dir, folder=folder)
+    show_table(plan_table(planned))
+    if planned.refusals:
+        raise UserError("This will not fit: " + " ".join(planned.refusals))
+
+
+def _report(study: Study, run: RunDir) -> dict[str, Any]:
+    data = collect(study, run)
+    paths = write_report(data, run.path)
+    show_table(summary_table(data))
+    say(f"Report: {paths.html}")
+    return _summary(study, run, data) | {"report": str(paths.html)}
+
+
+def _summary(study: Study, run: RunDir, data: ReportData) -> dict[str, Any]:
+    differences = [
+        arm.step0_max_abs_diff for arm in data.arms if arm.step0_max_abs_diff is not None
+    ]
+    loads = [arm.expert_load for arm in data.arms if arm.expert_load is not None]
+    return {
+        "study": study.name,
+        "folder": str(run.path),
+        "step0_max_abs_diff": max(differences) if differences else None,
+        "arms": {arm.label: _arm_summary(arm) for arm in data.arms},
+        "parameters": {arm.label: arm.parameters.to_mapping() for arm in data.arms},
+        "tokens": max(arm.ledger.real_tokens for arm in data.arms),
+        "seconds": sum(row["seconds"] for row in run.rows(_TIMING_FILE)),
+        "peak_memory_bytes": max(_peak_memory(study, run)),
+        "expert_load": [list(row) for row in loads[0].shares] if loads else None,
+        "comparisons": [item.to_mapping() | {"verdict": item.verdict} for item in data.comparisons],
+    }
+
+
+def _arm_summary(arm: ArmReport) -> dict[str, Any]:
+    return {
+        "before": _evaluation_summary(arm.before),
+        "after": _evaluation_summary(arm.after),
+        "tokens": arm.ledger.real_tokens,
+        "training_seconds": arm.ledger.seconds,
+        "training_flops": arm.ledger.flops,
+        "flops_per_token": arm.flops.total,
+        "peak_memory_bytes": arm.ledger.peak_memory_bytes,
+    }
+
+
+def _evaluation_summary(evaluation: Evaluation | None) -> dict[str, Any] | None:
+    if evaluation is None:
+        return None
+    return {
+        **_score_summary("loss", evaluation.loss),
+        **(_score_summary("accuracy", evaluation.accuracy) if evaluation.accuracy else {}),
+        "tasks": len(evaluation.tasks),
+    }
+
+
+def _score_summary(name: str, score: Score) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        name: score.mean,
+        f"{name}_standard_error": score.standard_error,
+        f"{name}_examples": score.num_examples,
+    }
+    return found if score.chance is None else {**found, f"{name}_chance": score.chance}
+
+
+def _peak_memory(study: Study, run: RunDir) -> list[int]:
+    return [
+        stage["peak_memory_bytes"]
+        for arm in study.arms
+        for seed in study.seeds
+        for stage in SeedResults(run.path, arm, seed).stages
+    ]

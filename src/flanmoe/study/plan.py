@@ -1,0 +1,195 @@
+"""What a study will cost: parameters, memory, FLOPs, tokens, time and disk of every arm, nothing run.
+
+Models are built on the meta device, so a plan needs the configuration of a model and not its weights.
+"""
+
+from pathlib import Path
+
+from flanmoe.models.flops import FlopCount, count_flops
+from flanmoe.models.plan import (
+    MemoryEstimate,
+    ParameterCount,
+    count_parameters,
+    estimate_memory,
+    meta_model,
+    sparse_config,
+)
+from rich.table import Table
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from flanmoe.core.config import Config
+from flanmoe.models.loading import load_config
+from flanmoe.models.upcycle import UpcycleConfig
+from flanmoe.stages.recipe import EvaluateStage, TuneStage, UpcycleStage
+from flanmoe.study.machine import Machine, this_machine
+from flanmoe.study.study import Arm, Study
+
+# Share of the measured rate of matrix products that a whole step reaches, evaluation included: measured
+# with the quickstart on 2 CPU cores (docs/results). The report puts estimate and measurement side by side.
+_EFFICIENCY = 0.45
+_BYTES_FLOAT32 = 4
+# Prompt and reference answer of an instruction exemplar, about; a plan does not tokenise the questions.
+_TOKENS_PER_QUESTION = 300
+
+
+class ArmPlan(Config):
+    """What one arm costs with one seed.
+
+    Attributes:
+        stages: labels in order.
+        parameters: of the model that the arm ends with.
+        flops_per_token: forward FLOPs of one token of that model.
+        memory: peak of its most demanding tuning; None where nothing is tuned.
+        tokens: packed tokens that it is tuned on, padding included.
+        training_flops: of all tuning steps.
+        seconds: of tuning and evaluation on this machine, roughly.
+        disk_bytes: largest space taken at one time: saved models and the checkpoints of one tuning.
+    """
+
+    stages: tuple[str, ...]
+    parameters: ParameterCount
+    flops_per_token: FlopCount
+    memory: MemoryEstimate | None
+    tokens: int
+    training_flops: float
+    seconds: float
+    disk_bytes: int
+
+
+class StudyPlan(Config):
+    """What a study costs, and why it cannot run here, if so.
+
+    Attributes:
+        study: its name.
+        seeds: how many times each arm runs.
+        arms: name to plan of one seed.
+        machine: what was measured of this machine.
+        refusals: one sentence for each thing that will not fit.
+    """
+
+    study: str
+    seeds: int
+    arms: dict[str, ArmPlan]
+    machine: Machine
+    refusals: tuple[str, ...]
+
+
+def plan_study(study: Study, data_dir: Path | None, *, folder: Path | None = None) -> StudyPlan:
+    """Plan every arm; `folder` is where the study would write.
+
+    Raises:
+        ModelError: if a model's configuration cannot be read, or cannot be upcycled as asked.
+    """
+    precision = next(
+        (
+            stage.train.precision
+            for arm in study.arms.values()
+            for stage in arm.stages
+            if isinstance(stage, TuneStage)
+        ),
+        "bfloat16",
+    )
+    machine = this_machine(folder or Path.cwd(), precision=precision)
+    arms = {name: _plan_arm(arm, machine) for name, arm in study.arms.items()}
+    return StudyPlan(
+        study=study.name,
+        seeds=len(study.seeds),
+        arms=arms,
+        machine=machine,
+        refusals=tuple(_refusals(arms, machine)),
+    )
+
+
+def _plan_arm(arm: Arm, machine: Machine) -> ArmPlan:
+    config: PreTrainedConfig = load_config(arm.model)
+    model = meta_model(config)
+    memory: MemoryEstimate | None = None
+    flops = count_flops(model, context_length=1024)
+    tokens, training_flops, all_flops, disk = 0, 0.0, 0.0, 0
+    for stage in arm.stages:
+        match stage:
+            case UpcycleStage():
+                config = sparse_config(config, _upcycle_config(stage))
+                model = meta_model(config)
+                flops = count_flops(model, context_length=1024)
+                disk += _model_bytes(model)
+            case TuneStage():
+                flops = count_flops(model, context_length=stage.train.length)
+                needed = estimate_memory(
+                    model,
+                    rows=stage.train.micro_batch_rows,
+                    length=stage.train.length,
+                    precision=stage.train.precision,
+                )
+                memory = max((memory, needed), key=lambda item: item.total if item else -1)
+                tokens += stage.train.tokens
+                training_flops += flops.training * stage.train.tokens
+                all_flops += flops.training * stage.train.tokens
+                # The tuned model, and a checkpoint of weights and two moments beside the next one.
+                disk += _model_bytes(model) * (1 + 3 * (1 + stage.train.keep_checkpoints))
+            case EvaluateStage():
+                all_flops += flops.total * _TOKENS_PER_QUESTION * (stage.limit or 1000)
+    return ArmPlan(
+        stages=tuple(stage.label for stage in arm.stages),
+        parameters=count_parameters(model),
+        flops_per_token=flops,
+        memory=memory,
+        tokens=tokens,
+        training_flops=training_flops,
+        seconds=all_flops / (machine.flops_per_second * _EFFICIENCY),
+        disk_bytes=disk,
+    )
+
+
+def _upcycle_config(stage: UpcycleStage) -> UpcycleConfig:
+    return UpcycleConfig(**{name: getattr(stage, name) for name in UpcycleConfig.model_fields})
+
+
+def _model_bytes(model: PreTrainedModel) -> int:
+    return _BYTES_FLOAT32 * count_parameters(model).total
+
+
+def _refusals(arms: dict[str, ArmPlan], machine: Machine) -> "list[str]":
+    found: list[str] = []
+    for name, arm in arms.items():
+        if arm.memory is not None and arm.memory.total > machine.memory_bytes:
+            found.append(
+                f"Arm `{name}` needs about {_gibibytes(arm.memory.total)} of memory, but "
+                f"{_gibibytes(machine.memory_bytes)} are free; lower `train.length` or take a smaller model."
+            )
+    # Arms run one after the other, but each leaves its last model behind.
+    needed = sum(arm.disk_bytes for arm in arms.values())
+    if needed > machine.disk_bytes:
+        found.append(
+            f"The arms need about {_gibibytes(needed)} of disk, but {_gibibytes(machine.disk_bytes)} are "
+            "free; name a folder on another disk with `--out`."
+        )
+    return found
+
+
+def plan_table(plan: StudyPlan) -> Table:
+    """Return a table of a plan, one column an arm."""
+    table = Table(title=f"Plan of {plan.study} ({plan.seeds} seed{'s' if plan.seeds > 1 else ''})")
+    table.add_column("")
+    for name in plan.arms:
+        table.add_column(name, justify="right")
+    arms = plan.arms.values()
+    rows: list[tuple[str, list[str]]] = [
+        ("stages", [", ".join(arm.stages) for arm in arms]),
+        ("parameters", [f"{arm.parameters.total / 1e6:,.1f} M" for arm in arms]),
+        ("active for a token", [f"{arm.parameters.active / 1e6:,.1f} M" for arm in arms]),
+        ("trainable", [f"{arm.parameters.trainable / 1e6:,.1f} M" for arm in arms]),
+        ("FLOPs a token, forward", [f"{arm.flops_per_token.total / 1e6:,.0f} M" for arm in arms]),
+        ("tokens to tune on", [f"{arm.tokens:,}" for arm in arms]),
+        ("FLOPs to tune", [f"{arm.training_flops:.2e}" for arm in arms]),
+        ("peak memory", [_gibibytes(arm.memory.total) if arm.memory else "-" for arm in arms]),
+        ("disk while running", [_gibibytes(arm.disk_bytes) for arm in arms]),
+        ("time here, roughly", [f"{arm.seconds / 60:.1f} min" for arm in arms]),
+    ]
+    for label, values in rows:
+        table.add_row(label, *values)
+    return table
+
+
+def _gibibytes(number: int) -> str:
+    return f"{number / 2**30:.1f} GiB"

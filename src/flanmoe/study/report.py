@@ -1,0 +1,127 @@
+"""Writing the report of a study: `report.json`, `report.md`, `report.html`, and the table for the terminal.
+
+Pure functions of `ReportData`. The HTML is one file without scripts and without anything to fetch.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup, escape
+from rich.table import Table
+
+from flanmoe.core import files
+from flanmoe.study.plots import Drawing, drawings
+from flanmoe.study.report_data import ReportData
+from flanmoe.study.report_tables import Section, TextTable, sections, summary
+from flanmoe.study.report_text import EVIDENCE_RULE, claim_sentence, limits, verdict
+
+
+@dataclass(frozen=True, slots=True)
+class ReportFiles:
+    """Where a report was written."""
+
+    json: Path
+    markdown: Path
+    html: Path
+
+
+@dataclass(frozen=True, slots=True)
+class _Page:
+    """What the templates are given."""
+
+    data: ReportData
+    verdict: str
+    claims: tuple[tuple[str, str], ...]
+    evidence_rule: str
+    summary: TextTable
+    drawings: tuple[Drawing, ...]
+    limits: tuple[str, ...]
+    sections: tuple[Section, ...]
+
+
+def write_report(data: ReportData, folder: Path) -> ReportFiles:
+    """Write the three files of the report into `folder`, each whole or not at all.
+
+    Raises:
+        DiskError: if the disk is full or the folder cannot be written.
+    """
+    page = _page(data)
+    written = ReportFiles(folder / "report.json", folder / "report.md", folder / "report.html")
+    files.write_json(written.json, data.to_mapping())
+    files.write_text(written.markdown, _render("report.md.j2", page))
+    files.write_text(written.html, _render("report.html.j2", page))
+    return written
+
+
+def read_report(path: Path) -> ReportData:
+    """Read a `report.json` again.
+
+    Raises:
+        ConfigError: if it does not hold the data of a report.
+    """
+    return ReportData.parse(files.read_json_file(path), origin=str(path))
+
+
+def markdown_report(data: ReportData) -> str:
+    """Return the report as Markdown."""
+    return _render("report.md.j2", _page(data))
+
+
+def html_report(data: ReportData) -> str:
+    """Return the report as one self-contained HTML page."""
+    return _render("report.html.j2", _page(data))
+
+
+def summary_table(data: ReportData) -> Table:
+    """Return the key table for the terminal: a column an arm, a row a quantity."""
+    text = summary(data)
+    table = Table(title=data.study, caption=text.note, caption_justify="left", title_justify="left")
+    for number, name in enumerate(text.header):
+        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+    for row in text.rows:
+        table.add_row(*row, end_section=row[0] in ("Parameters, trained", "Peak memory"))
+    return table
+
+
+def _page(data: ReportData) -> _Page:
+    return _Page(
+        data=data,
+        verdict=verdict(data),
+        claims=tuple((item.verdict, claim_sentence(item)) for item in data.comparisons),
+        evidence_rule=EVIDENCE_RULE,
+        summary=summary(data),
+        drawings=drawings(data),
+        limits=limits(data),
+        sections=sections(data),
+    )
+
+
+def _render(template: str, page: _Page) -> str:
+    environment = Environment(
+        loader=PackageLoader("flanmoe", "study/templates"),
+        autoescape=select_autoescape(enabled_extensions=("html.j2",)),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["cells"] = _markdown_row
+    environment.filters["breakable"] = _breakable
+    environment.filters["svg"] = Markup
+    return environment.get_template(template).render(page=page)
+
+
+def _markdown_row(cells: Iterable[str]) -> str:
+    escaped = (cell.replace("|", "\\|").replace("\n", " ") for cell in cells)
+    return f"| {' | '.join(escaped)} |"
+
+
+def _breakable(text: str) -> Markup:
+    """Let long names break after `/` and `_`, and keep a number and its unit on one line."""
+    kept = text.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}").replace(
+        " %", "\N{NO-BREAK SPACE}%"
+    )
+    return Markup(re.sub(r"([/_])", r"\1<wbr>", str(escape(kept))))

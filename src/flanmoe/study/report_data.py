@@ -1,0 +1,381 @@
+"""Everything that the report of a study shows, as frozen data.
+
+Collecting these records is the study's work; turning them into pages is `report.py`'s. Between the two lies
+`report.json`, which is exactly this: a report can be built again from it, and another program can read it.
+
+Units: losses in nats per token of the reference answer, accuracies and shares between 0 and 1, memory in
+bytes, time in seconds, floating-point operations counted as two per multiply-add.
+"""
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from flanmoe.core.config import Config
+from flanmoe.core.ledger import Ledger
+
+Metric = Literal["loss", "accuracy"]
+
+
+def _none_unless_finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# A diverged run has losses that are not numbers. JSON has none of those, so they are kept as None and shown
+# as "not finite": the report of such a run matters most.
+Measured = Annotated[float | None, BeforeValidator(_none_unless_finite)]
+
+
+class Score(Config):
+    """A mean over examples and how far it may be off.
+
+    Attributes:
+        mean: the mean, None where it is not finite.
+        standard_error: its standard error, None where the sample does not tell (one example).
+        num_examples: how many examples the mean is over.
+        chance: what guessing scores on the same examples; None where that has no meaning (a loss).
+    """
+
+    mean: Measured
+    standard_error: Measured = None
+    num_examples: int
+    chance: float | None = None
+
+
+class TaskScore(Config):
+    """Scores on one task.
+
+    Attributes:
+        task: name of the task.
+        loss: nats per token of the reference answer.
+        accuracy: share of right choices, None where the task has no choices.
+        num_seen: how many of the evaluated examples the model was trained on.
+    """
+
+    task: str
+    loss: Score
+    accuracy: Score | None = None
+    num_seen: int = 0
+
+
+class Evaluation(Config):
+    """Scores of one model over all held-out tasks.
+
+    Attributes:
+        loss: mean over all examples.
+        accuracy: mean over the examples that have choices, None where none has.
+        tasks: the same task by task.
+    """
+
+    loss: Score
+    accuracy: Score | None = None
+    tasks: tuple[TaskScore, ...] = ()
+
+    @property
+    def num_seen(self) -> int:
+        """How many evaluated examples the model was trained on."""
+        return sum(task.num_seen for task in self.tasks)
+
+
+class CurvePoint(Config):
+    """Training loss at one moment.
+
+    Attributes:
+        tokens: real tokens (padding left out) trained on so far.
+        loss: cross-entropy of the step in nats per loss token, router losses left out; None where it is
+            not finite.
+    """
+
+    tokens: int
+    loss: Measured
+
+
+class LossCurve(Config):
+    """The training losses of one seed, in order."""
+
+    seed: int
+    points: tuple[CurvePoint, ...]
+
+
+class Parameters(Config):
+    """Parameter counts; tied embeddings count once.
+
+    Attributes:
+        total: all of them.
+        active: those that one token passes through.
+        trainable: those that the optimizer changes.
+    """
+
+    total: int
+    active: int
+    trainable: int
+
+
+class Flops(Config):
+    """Floating-point operations of one token's forward pass; training costs three times as much.
+
+    Attributes:
+        body: all matrix products of the layers.
+        head: the output layer.
+        attention_scores: queries times keys and weights times values, at `context_length`.
+        context_length: tokens that the attention scores are counted for.
+    """
+
+    body: float
+    head: float
+    attention_scores: float
+    context_length: int
+
+    @property
+    def total(self) -> float:
+        """Body, head and attention scores together."""
+        return self.body + self.head + self.attention_scores
+
+
+class Memory(Config):
+    """What was estimated before the run beside what was measured in it, in bytes.
+
+    Attributes:
+        estimate: name of each part (weights, gradients, ...) to its size.
+        measured: peak during training, None where the system cannot tell.
+    """
+
+    estimate: dict[str, int]
+    measured: int | None = None
+
+    @property
+    def estimate_total(self) -> int:
+        """All parts of the estimate together."""
+        return sum(self.estimate.values())
+
+    @property
+    def relative_error(self) -> float | None:
+        """How far the estimate lies above (+) or below (-) the measurement, as a share of it."""
+        if not self.measured:
+            return None
+        return self.estimate_total / self.measured - 1
+
+
+class ExpertLoadReport(Config):
+    """How evenly the experts were used.
+
+    Attributes:
+        layers: number of each sparse layer in its model, in the order of `shares`.
+        shares: for each layer the share of assignments that each expert got; each row sums to 1.
+        entropy_nats: for each layer the entropy of its row; ln(experts) means even use.
+    """
+
+    layers: tuple[int, ...]
+    shares: tuple[tuple[float, ...], ...] = Field(min_length=1)
+    entropy_nats: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_row_a_layer(self) -> "ExpertLoadReport":
+        if len(self.layers) != len(self.shares):
+            raise ValueError(
+                f"`layers` must name every row of `shares` ({len(self.shares)}), but found "
+                f"{len(self.layers)} names"
+            )
+        if len({len(row) for row in self.shares}) != 1 or not self.shares[0]:
+            raise ValueError("every layer must have the same number of experts, but found several")
+        return self
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a layer."""
+        return len(self.shares[0])
+
+    @property
+    def max_over_mean(self) -> float:
+        """The busiest expert of any layer, as a multiple of the even share."""
+        return max(max(row) for row in self.shares) * self.num_experts
+
+    @property
+    def num_unused(self) -> int:
+        """Experts that no token was sent to, over all layers."""
+        return sum(share == 0 for row in self.shares for share in row)
+
+
+class RouterLosses(Config):
+    """Settings of the router losses and what they were at the end of training.
+
+    Attributes:
+        settings: coefficients and scope.
+        last: raw values (before their coefficients) of the last step, mean over layers.
+    """
+
+    settings: dict[str, float | str] = {}
+    last: dict[str, Measured] = {}
+
+
+class ArmReport(Config):
+    """One arm of the study: what was built, what it cost, how it scored.
+
+    Attributes:
+        label: name of the arm.
+        description: what the arm is, in a few words.
+        seeds: the seeds it ran with.
+        parameters: counts of the model that was tuned.
+        flops: operations of one token.
+        ledger: costs of tuning, all seeds together.
+        memory: estimate and measurement of training.
+        before: scores before tuning, None where nothing was evaluated then.
+        after: scores after tuning; over several seeds the mean over seeds.
+        curves: training losses, one curve a seed.
+        expert_load: use of experts during training, None for a dense model.
+        router_losses: None for a dense model.
+        step0_max_abs_diff: largest logit difference between the sparse model before tuning and the dense
+            model that it was made from; None for an arm that was not upcycled.
+    """
+
+    label: str
+    description: str = ""
+    seeds: tuple[int, ...] = (0,)
+    parameters: Parameters
+    flops: Flops
+    ledger: Ledger
+    memory: Memory | None = None
+    before: Evaluation | None = None
+    after: Evaluation | None = None
+    curves: tuple[LossCurve, ...] = ()
+    expert_load: ExpertLoadReport | None = None
+    router_losses: RouterLosses | None = None
+    step0_max_abs_diff: float | None = None
+
+
+class TaskData(Config):
+    """What one task gave to training.
+
+    Attributes:
+        task: name of the task.
+        num_examples: examples that it holds.
+        share: share of the drawn examples that came from it.
+    """
+
+    task: str
+    num_examples: int
+    share: float
+
+
+class DataReport(Config):
+    """What was trained on and what was kept back.
+
+    Attributes:
+        tasks: training tasks and their shares.
+        num_seen: different examples that entered a batch.
+        num_dropped: examples that were left out because they were longer than a row.
+        num_truncated: examples that were cut to fit into a row.
+        padding_share: padding over all tokens.
+        held_out: evaluated tasks of which other examples may have been trained on (split whole).
+        evaluation_only: evaluated tasks that must never be trained on.
+    """
+
+    tasks: tuple[TaskData, ...] = ()
+    num_seen: int = 0
+    num_dropped: int = 0
+    num_truncated: int = 0
+    padding_share: float = 0.0
+    held_out: tuple[str, ...] = ()
+    evaluation_only: tuple[str, ...] = ()
+
+
+class Comparison(Config):
+    """A paired difference: subject minus reference, example by example.
+
+    Attributes:
+        subject, reference: what is compared, e.g. `sparse` and `dense`.
+        kind: `arms` compares two arms after tuning, `tuning` one arm after and before.
+        metric: what was measured on every example.
+        mean: mean difference.
+        standard_error: of the mean, None where one example is all there is.
+        low, high: ends of the interval.
+        confidence: of the interval, between 0 and 1.
+        num_examples: pairs.
+    """
+
+    subject: str
+    reference: str
+    kind: Literal["arms", "tuning"] = "arms"
+    metric: Metric = "loss"
+    mean: float
+    standard_error: float | None = None
+    low: float
+    high: float
+    confidence: float = 0.95
+    num_examples: int
+
+    @model_validator(mode="after")
+    def _interval_is_ordered(self) -> "Comparison":
+        if not self.low <= self.high:
+            raise ValueError(
+                f"`low` must not lie above `high`, but found {self.low} and {self.high}"
+            )
+        return self
+
+    @property
+    def verdict(self) -> Literal["better", "worse", "unclear"]:
+        """What the interval allows to say about the subject: `unclear` unless it excludes zero."""
+        if self.low <= 0 <= self.high:
+            return "unclear"
+        lower_is_better = self.metric == "loss"
+        return "better" if (self.high < 0) == lower_is_better else "worse"
+
+
+class Hardware(Config):
+    """The machine that the study ran on."""
+
+    cpu: str = ""
+    num_cores: int = 0
+    memory_bytes: int = 0
+    accelerator: str = ""
+
+
+class ReportData(Config):
+    """Everything that the report of one study shows.
+
+    Attributes:
+        study: name of the study.
+        description: one sentence that says what it is about.
+        scale: one sentence that says how small or large it is.
+        created: date and time, as it is to be shown.
+        versions: package name to version.
+        hardware: the machine.
+        baseline: label of the arm that the others are compared with; the first one unless named.
+        arms: in the order in which they are shown.
+        data: what was trained on and what was kept back.
+        comparisons: paired differences; `arms` ones first decide the verdict.
+        notes: sentences about what happened (warnings, what was left out).
+        limits: sentences about what this run cannot show, beside those that follow from the data.
+    """
+
+    study: str
+    description: str = ""
+    scale: str = ""
+    created: str = ""
+    versions: dict[str, str] = {}
+    hardware: Hardware = Hardware()
+    baseline: str = ""
+    arms: tuple[ArmReport, ...] = Field(min_length=1)
+    data: DataReport = DataReport()
+    comparisons: tuple[Comparison, ...] = ()
+    notes: tuple[str, ...] = ()
+    limits: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _labels_are_unique_and_known(self) -> "ReportData":
+        labels = [arm.label for arm in self.arms]
+        if len(set(labels)) != len(labels):
+            raise ValueError(f"labels of arms must be unique, but found {labels}")
+        if self.baseline and self.baseline not in labels:
+            raise ValueError(f"`baseline` must name an arm ({labels}), but found `{self.baseline}`")
+        return self
+
+    @property
+    def baseline_arm(self) -> ArmReport:
+        """The arm that the others are compared with."""
+        return next((arm for arm in self.arms if arm.label == self.baseline), self.arms[0])
+
+    def arm(self, label: str) -> ArmReport | None:
+        """Return the arm of this label, None where there is none."""
+        return next((arm for arm in self.arms if arm.label == label), None)

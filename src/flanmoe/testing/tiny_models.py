@@ -1,0 +1,159 @@
+"""Tiny random models of every architecture that flanmoe reads, and a tokenizer that fits them.
+
+They need no files and build in milliseconds. Every parameter holds random values, norms and biases
+too, so that a test which copies weights notices what was left behind.
+"""
+
+import string
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders
+from tokenizers.models import BPE
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from flanmoe.core.names import listing, nearest_name_hint
+from flanmoe.models.experts_interface import EXPERTS_IMPLEMENTATION
+
+VOCABULARY_SIZE = 128
+
+_SPECIAL_TOKENS = ("<|pad|>", "<|im_start|>", "<|im_end|>", "<|unknown|>")
+
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+_SHARED: Mapping[str, Any] = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    # Far above the usual 0.02: with so few channels the routers would otherwise hardly tell tokens
+    # apart.
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+_MODELS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 256},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 16},
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+    },
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "head_dim": 16,
+    },
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 4, "intermediate_size": 24},
+    "gpt_oss": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+        "sliding_window": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "deepseek_v3": {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 24,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 24,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "num_mtp_layers": 0,
+    },
+    "granitemoe": {"num_local_experts": 8, "num_experts_per_tok": 2, "tie_word_embeddings": True},
+}
+
+DENSE_NAMES = ("llama", "mistral", "qwen2", "qwen3")
+SPARSE_NAMES = tuple(name for name in _MODELS if name not in DENSE_NAMES)
+
+
+def tiny_model(name: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """Build a tiny random causal language model in evaluation mode, float32, on the CPU.
+
+    Sparse models run flanmoe's expert compute, as loaded models do.
+
+    Args:
+        name: transformers' model type, one of `DENSE_NAMES` or `SPARSE_NAMES`.
+        seed: seed of the weights; the global generator is left as it was.
+        overrides: configuration values that replace the tiny ones.
+
+    Raises:
+        KeyError: if the name is not one of them.
+    """
+    if name not in _MODELS:
+        raise KeyError(
+            f"No tiny model is called `{name}`.{nearest_name_hint(name, _MODELS)} "
+            f"There are {listing(_MODELS)}."
+        )
+    config = CONFIG_MAPPING[name](**{**_SHARED, **_MODELS[name], **overrides})
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        _disturb_vectors(model)
+    if name in SPARSE_NAMES:
+        model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+    return model.eval()
+
+
+def _disturb_vectors(model: nn.Module) -> None:
+    """Move norms away from 1 and biases away from 0: a copy that forgets one then shows."""
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.ndim == 1 and tensor.is_floating_point():
+                tensor.add_(torch.randn_like(tensor), alpha=0.1)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Build a fast tokenizer with one token per printable ASCII character (102 tokens).
+
+    Anything else becomes `<|unknown|>`. Ids 0, 1 and 2 are padding, start of turn (also the
+    beginning of a text) and end of turn (also the end of a text), as the tiny models'
+    configurations say. Nothing is added around a text; the chat template wraps turns as
+    `<|im_start|>role ... <|im_end|>`.
+    """
+    characters = sorted(string.printable.rstrip("\x0b\x0c"))
+    tokens = [*_SPECIAL_TOKENS, *characters]
+    tokenizer = Tokenizer(
+        BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[], unk_token="<|unknown|>")
+    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in _SPECIAL_TOKENS])
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token="<|unknown|>",
+        chat_template=_CHAT_TEMPLATE,
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )

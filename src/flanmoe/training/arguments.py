@@ -1,0 +1,140 @@
+"""`TuneConfig`, what a user says about a tuning run, and what transformers.Trainer is told for it."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field, ValidationInfo, field_validator
+from transformers import TrainingArguments
+
+from flanmoe.core.config import Config
+from flanmoe.core.errors import ConfigError
+from flanmoe.core.seeds import SeedTree
+from flanmoe.training.router_losses import RouterLossConfig
+
+_SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+class TuneConfig(Config):
+    """How a model is tuned.
+
+    Attributes:
+        steps: optimizer steps.
+        rows_per_step: packed rows of one optimizer step, over all processes.
+        micro_batch_rows: rows that go through the model at once; changes memory and speed, not the
+            result (but for the router-loss scope `micro_batch`).
+        length: tokens in a row.
+        learning_rate: the largest learning rate, reached after the warm-up.
+        warmup_steps: steps over which the learning rate rises linearly from 0.
+        schedule: what the learning rate does after the warm-up; `linear` and `cosine` fall to 0.
+        weight_decay: decoupled weight decay (biases and norms are left out).
+        max_grad_norm: gradients with a larger norm are scaled down to it; 0 turns that off.
+        adam_beta1, adam_beta2: decay of AdamW's moments.
+        precision: `bfloat16` computes in bfloat16 where autocast does, with float32 weights and
+            optimizer state; `float32` computes everything in float32.
+        router: the router losses; without effect on a dense model.
+        checkpoint_every_steps: how often to save, and at the end; None saves after Ctrl-C only.
+        keep_checkpoints: how many complete checkpoints stay on disk.
+        gradient_checkpointing: compute activations again in the backward pass to save memory.
+        seed: another value draws dropout and router noise anew; the data stays the same.
+    """
+
+    steps: int = Field(default=100, ge=1)
+    rows_per_step: int = Field(default=8, ge=1)
+    micro_batch_rows: int = Field(default=1, ge=1)
+    length: int = Field(default=1024, ge=2)
+    learning_rate: float = Field(default=2e-5, gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    router: RouterLossConfig = RouterLossConfig()
+    checkpoint_every_steps: int | None = Field(default=None, ge=1)
+    keep_checkpoints: int = Field(default=1, ge=1)
+    gradient_checkpointing: bool = False
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("micro_batch_rows")
+    @classmethod
+    def _micro_batches_fill_a_step(cls, value: int, info: ValidationInfo) -> int:
+        rows = info.data.get("rows_per_step")
+        if rows is not None and rows % value:
+            raise ValueError(
+                f"must divide `rows_per_step` ({rows}) without remainder, but is {value}; "
+                "an optimizer step is made of whole micro-batches"
+            )
+        return value
+
+    @field_validator("warmup_steps")
+    @classmethod
+    def _warm_up_ends(cls, value: int, info: ValidationInfo) -> int:
+        steps = info.data.get("steps")
+        if steps is not None and value > steps:
+            raise ValueError(
+                f"must be at most `steps` ({steps}), but is {value}; "
+                "the learning rate would never be reached"
+            )
+        return value
+
+
+def training_arguments(config: TuneConfig, folder: Path, seeds: SeedTree) -> TrainingArguments:
+    """Return what transformers.Trainer is to be told.
+
+    Args:
+        config: the user's settings.
+        folder: where checkpoints go.
+        seeds: the branch of the seed tree that belongs to this run.
+
+    Raises:
+        ConfigError: if the rows of a step cannot be shared evenly between the processes.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.micro_batch_rows,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=_SCHEDULERS[config.schedule],
+        warmup_steps=config.warmup_steps,
+        optim="adamw_torch_fused",
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        bf16=config.precision == "bfloat16",
+        # float32 means float32: no TF32 inside matrix products that are not in bfloat16.
+        tf32=False,
+        activation_checkpointing=config.gradient_checkpointing,
+        # The recorder needs the first pass to have gradients, which the reentrant variant lacks.
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        use_cpu=not torch.accelerator.is_available(),
+        save_strategy="steps" if config.checkpoint_every_steps else "no",
+        save_steps=config.checkpoint_every_steps or config.steps,
+        # Every step is logged, by our own callbacks; a loss that is not finite stops the run.
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        # Values below 2**32, which is what numpy takes.
+        seed=seeds.child("trainer", config.seed).integer() % 2**32,
+        # The stream restores its own position; see trainer.py.
+        ignore_data_skip=True,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+    )
+    arguments.gradient_accumulation_steps = _micro_batches(config, arguments.world_size)
+    return arguments
+
+
+def _micro_batches(config: TuneConfig, num_processes: int) -> int:
+    rows = config.micro_batch_rows * num_processes
+    if config.rows_per_step % rows:
+        raise ConfigError(
+            f"`rows_per_step` must be a multiple of `micro_batch_rows` ({config.micro_batch_rows}) "
+            f"times the number of processes ({num_processes}), but is {config.rows_per_step}. "
+            f"Set it to a multiple of {rows}."
+        )
+    return config.rows_per_step // rows

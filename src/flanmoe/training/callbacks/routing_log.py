@@ -1,0 +1,58 @@
+"""`routing.jsonl`: what the routers did in each step, and expert use over the whole run."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+from flanmoe.core.rundir import RunDir
+from flanmoe.moe.block import MoEBlock
+from flanmoe.moe.recorder import ExpertLoad
+from flanmoe.training.callbacks.base import StepCallback
+from flanmoe.training.callbacks.rows_until import keep_rows_until
+from flanmoe.training.report import StepReport
+
+ROUTING_FILE = "routing.jsonl"
+
+
+@final
+class RoutingLog(StepCallback):
+    """Writes one row a step with the balance loss and the load of each sparse layer.
+
+    Args:
+        run: where the file is written.
+        blocks: the sparse blocks of the model, in layer order.
+    """
+
+    name = "routing_log"
+
+    def __init__(self, run: RunDir, blocks: Sequence[MoEBlock]) -> None:
+        self._run = run
+        self._layers = [block.layer for block in blocks]
+        self._num_experts = [block.num_experts for block in blocks]
+        self.load = ExpertLoad(self._num_experts)
+
+    def start(self, step: int) -> None:
+        """Cut the file back to the steps that count."""
+        keep_rows_until(self._run, ROUTING_FILE, step=step)
+
+    def after_step(self, report: StepReport) -> None:
+        """Write a row and add to the load of the run."""
+        if report.router is None:
+            return
+        self.load.update(report.router.counts)
+        of_step = ExpertLoad(self._num_experts)
+        of_step.update(report.router.counts)
+        layers = [
+            {"layer": layer, "balance": balance, **load}
+            for layer, balance, load in zip(
+                self._layers, report.router.balance_per_layer, of_step.to_mapping(), strict=True
+            )
+        ]
+        self._run.log(ROUTING_FILE, {"step": report.step, "layers": layers})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the load of the run so far."""
+        return self.load.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from the load of an earlier part of the run."""
+        self.load.load_state_dict(state)

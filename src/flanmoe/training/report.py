@@ -1,0 +1,71 @@
+"""`StepReport`: what one optimizer step did, as told to the callbacks."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Int
+from torch import Tensor
+
+from flanmoe.training.rows import StepTotals
+
+
+@dataclass(frozen=True, slots=True)
+class RouterReport:
+    """Router losses and expert use of one step of a sparse model, over all processes.
+
+    Attributes:
+        balance_per_layer: raw balance loss of each sparse layer.
+        balance_raw, z_raw: means over layers, before their coefficients.
+        balance_weighted, z_weighted: what entered the loss.
+        counts: assignments of each expert, layer by layer.
+    """
+
+    balance_per_layer: tuple[float, ...]
+    balance_raw: float
+    balance_weighted: float
+    z_raw: float
+    z_weighted: float
+    counts: tuple[Int[Tensor, " _"], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one optimizer step did, over all processes.
+
+    Attributes:
+        step: number of the step, from 1.
+        totals: the rows and tokens it was made of.
+        cross_entropy: mean over the loss tokens of the step, in nats.
+        loss: cross-entropy plus weighted router losses.
+        learning_rate: that of the step.
+        gradient_norm: before clipping.
+        router: None for a dense model.
+        counted_tokens: tokens that went through the model once more to count expert use.
+        counting_seconds: how long that took.
+    """
+
+    step: int
+    totals: StepTotals
+    cross_entropy: float
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    router: RouterReport | None
+    counted_tokens: int
+    counting_seconds: float
+
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers of this step by the names they are logged under."""
+        metrics = {
+            "loss": self.loss,
+            "loss/cross_entropy": self.cross_entropy,
+            "learning_rate": self.learning_rate,
+            "gradient_norm": self.gradient_norm,
+        }
+        if self.router is not None:
+            metrics |= {
+                "router/balance_raw": self.router.balance_raw,
+                "router/balance_weighted": self.router.balance_weighted,
+                "router/z_raw": self.router.z_raw,
+                "router/z_weighted": self.router.z_weighted,
+            }
+        return metrics

@@ -1,0 +1,153 @@
+"""Rows on their way into the trainer: the stream it reads, micro-batches, and what a step holds."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from flanmoe.core.errors import DataError
+from flanmoe.data.collate import collate
+from flanmoe.data.example import Packed
+
+Batch = dict[str, Tensor]
+
+_IGNORED = -100
+
+
+class RowStream(Protocol):
+    """What the trainer asks of a source of rows. It slices by rank itself."""
+
+    def __iter__(self) -> Iterator[Packed]:
+        """Go on after the row given last."""
+        ...
+
+    def state_after(self, rows: int) -> Mapping[str, Any]:
+        """Return the position after `rows` rows since the start of training, as JSON types."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a position, so that the next row is the one that followed it."""
+        ...
+
+
+class FixedRows:
+    """A `RowStream` over rows that are already there, from the first again after the last.
+
+    Args:
+        rows: the rows; at least one.
+
+    Raises:
+        DataError: if there are none.
+    """
+
+    def __init__(self, rows: Sequence[Packed]) -> None:
+        if not rows:
+            raise DataError("Training needs at least 1 packed row, but there are 0. Add examples.")
+        self._rows = tuple(rows)
+        self._given = 0
+
+    def __iter__(self) -> Iterator[Packed]:
+        return self
+
+    def __next__(self) -> Packed:
+        row = self._rows[self._given % len(self._rows)]
+        self._given += 1
+        return row
+
+    def state_after(self, rows: int) -> dict[str, int]:
+        """Return the position after `rows` rows."""
+        return {"rows": rows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a position."""
+        self._given = int(state["rows"])
+
+
+class _Rows(IterableDataset[Packed]):
+    def __init__(self, stream: Iterable[Packed]) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[Packed]:
+        return iter(self._stream)
+
+
+def micro_batches(stream: Iterable[Packed], *, rows: int) -> DataLoader[Any]:
+    """Return a loader of collated micro-batches of `rows` rows each."""
+    # A generator of its own: a loader draws a number when iteration starts, which would shift the
+    # draws of a resumed run.
+    return DataLoader(
+        _Rows(stream),
+        batch_size=rows,
+        collate_fn=collate,
+        num_workers=0,
+        generator=torch.Generator(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StepTotals:
+    """What the micro-batches of one optimizer step hold together, over all processes.
+
+    Attributes:
+        rows: packed rows.
+        micro_batches: forward-backward passes, counted on every process.
+        examples: segments, padding left out.
+        real_tokens: tokens that belong to an example; router losses are means over them.
+        padding_tokens: tokens that fill up rows.
+        loss_tokens: tokens whose prediction enters the cross-entropy.
+    """
+
+    rows: int
+    micro_batches: int
+    examples: int
+    real_tokens: int
+    padding_tokens: int
+    loss_tokens: int
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch]) -> "StepTotals":
+        """Count the micro-batches of one process."""
+        real = [int(valid_tokens(batch).sum()) for batch in batches]
+        return cls(
+            rows=sum(len(batch["input_ids"]) for batch in batches),
+            micro_batches=len(batches),
+            examples=sum(_num_examples(batch) for batch in batches),
+            real_tokens=sum(real),
+            padding_tokens=sum(batch["input_ids"].numel() for batch in batches) - sum(real),
+            loss_tokens=sum(int(_is_target(batch).sum()) for batch in batches),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Real and padding tokens together."""
+        return self.real_tokens + self.padding_tokens
+
+
+def valid_tokens(batch: Batch) -> Bool[Tensor, " T"]:
+    """Return True for each token that is not padding, row after row."""
+    return (batch["segment_ids"] != 0).reshape(-1)
+
+
+def example_numbers(batch: Batch) -> Int[Tensor, " T"]:
+    """Return for each token a number that only the tokens of the same example in the batch share."""
+    segments = batch["segment_ids"]
+    rows = torch.arange(len(segments), device=segments.device).unsqueeze(1)
+    return (rows * (segments.max() + 1) + segments).reshape(-1)
+
+
+def target_positions(batch: Batch) -> Int[Tensor, " K"]:
+    """Return the positions at which any row of the batch predicts a token that enters the loss."""
+    return _is_target(batch).any(dim=0).nonzero().squeeze(1)
+
+
+def _is_target(batch: Batch) -> Bool[Tensor, "B M"]:
+    return batch["labels"][:, 1:] != _IGNORED
+
+
+def _num_examples(batch: Batch) -> int:
+    return len(example_numbers(batch)[valid_tokens(batch)].unique())

@@ -1,0 +1,49 @@
+"""The peak that is measured is the one since the last reset."""
+
+import subprocess
+import sys
+
+import pytest
+
+from flanmoe.core.memory import peak_memory_bytes, resident_memory_bytes
+
+needs_linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="only Linux can reset its peak"
+)
+
+# A process of its own: what other tests hold and free would blur the numbers.
+_PROGRAM = """
+import mmap
+from flanmoe.core.memory import peak_memory_bytes, reset_peak_memory, resident_memory_bytes
+
+def hold(num_bytes):
+    # An anonymous map goes back to the system when it is closed, which the heap need not do.
+    with mmap.mmap(-1, num_bytes) as block:
+        for start in range(0, num_bytes, 4096):
+            block[start] = 1
+
+base = resident_memory_bytes()
+hold(200_000_000)
+first = peak_memory_bytes() - base
+assert reset_peak_memory()
+after_reset = peak_memory_bytes() - base
+hold(50_000_000)
+print(first, after_reset, peak_memory_bytes() - base, resident_memory_bytes() - base)
+"""
+
+
+@needs_linux
+def test_reset_and_peak_around_200_megabytes() -> None:
+    output = subprocess.run(
+        [sys.executable, "-c", _PROGRAM], check=True, capture_output=True, text=True
+    )
+    first, after_reset, second, resident = map(int, output.stdout.split())
+    slack = 10_000_000
+    assert 200_000_000 - slack < first < 200_000_000 + slack
+    assert after_reset < slack
+    assert 50_000_000 - slack < second < 50_000_000 + slack
+    assert resident < slack
+
+
+def test_a_process_has_used_what_it_uses() -> None:
+    assert peak_memory_bytes() >= resident_memory_bytes() * 0.99 > 10_000_000

@@ -1,0 +1,144 @@
+"""The promise of packing: an example in a row computes what it computes alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from flanmoe.data.collate import collate
+from flanmoe.data.packing import TokenizedExample, packed_row
+
+Tokens = Callable[..., TokenizedExample]
+
+LENGTHS = (7, 1, 1, 5, 2, 9)
+ROW = 32
+# Weights are float64, but transformers computes norms and softmax in float32.
+TOLERANCE = 1e-5
+
+
+def _model(kind: str, attention: str) -> Any:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": 60,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "initializer_range": 0.3,
+        "attn_implementation": attention,
+    }
+    if kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**sizes))
+    else:
+        model = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4))
+        # The default of transformers has no float64.
+        model.set_experts_implementation("eager")
+    return model.double().eval()
+
+
+def _examples(tokens: Tokens, *, seed: int = 0) -> list[TokenizedExample]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        tokens(torch.randint(1, 60, (length,), generator=generator).tolist()) for length in LENGTHS
+    ]
+
+
+def _logits(model: Any, batch: dict[str, Tensor], **options: Any) -> Tensor:
+    with torch.no_grad():
+        return model(
+            input_ids=batch["input_ids"],
+            position_ids=batch["position_ids"],
+            use_cache=False,
+            **options,
+        ).logits
+
+
+@pytest.fixture(params=["llama", "mixtral"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["eager", "sdpa"])
+def model(kind: str, request: pytest.FixtureRequest) -> Any:
+    return _model(kind, request.param)
+
+
+def test_a_packed_example_has_the_logits_that_it_has_alone(model: Any, tokens: Tokens) -> None:
+    examples = _examples(tokens)
+    other = _examples(tokens, seed=1)
+    rows = [packed_row(examples, length=ROW), packed_row(other[::-1], length=ROW)]
+    batch = collate(rows)
+    logits = _logits(model, batch)
+    for segment, example in enumerate(examples, start=1):
+        with torch.no_grad():
+            alone = model(input_ids=torch.as_tensor(example.input_ids)[None]).logits[0]
+        inside = logits[0][batch["segment_ids"][0] == segment]
+        torch.testing.assert_close(inside, alone, rtol=0, atol=TOLERANCE)
+
+
+def test_changing_one_example_leaves_the_others_untouched(model: Any, tokens: Tokens) -> None:
+    examples = _examples(tokens)
+    for changed in range(len(examples)):
+        varied = [
+            tokens([59 - int(token) for token in example.input_ids])
+            if index == changed
+            else example
+            for index, example in enumerate(examples)
+        ]
+        before = collate([packed_row(examples, length=ROW)])
+        after = collate([packed_row(varied, length=ROW)])
+        others = before["segment_ids"][0] != changed + 1
+        difference = (_logits(model, before) - _logits(model, after))[0].abs()
+        assert difference[others].max() < TOLERANCE
+        assert difference[~others].max() > 1e-3
+
+
+def test_the_same_row_with_an_attention_mask_leaks(model: Any, tokens: Tokens) -> None:
+    """Why there is no attention mask: this is the mistake that the tests above must be able to see."""
+    batch = collate([packed_row(_examples(tokens), length=ROW)])
+    masked = _logits(model, batch, attention_mask=torch.ones_like(batch["input_ids"]))
+    assert (masked - _logits(model, batch)).abs().max() > 0.05
+
+
+def test_the_loss_of_a_row_is_the_mean_over_its_examples_tokens(model: Any, tokens: Tokens) -> None:
+    examples = _examples(tokens)
+    batch = collate([packed_row(examples, length=ROW)])
+    with torch.no_grad():
+        packed = model(
+            input_ids=batch["input_ids"],
+            labels=batch["labels"],
+            position_ids=batch["position_ids"],
+            use_cache=False,
+        ).loss
+        total, count = 0.0, 0
+        for example in examples:
+            if len(example) == 1:
+                continue
+            ids = torch.as_tensor(example.input_ids)[None]
+            total += model(input_ids=ids, labels=ids).loss.item() * (len(example) - 1)
+            count += len(example) - 1
+    assert packed.item() == pytest.approx(total / count, rel=1e-6)
+
+
+def test_a_batch_holds_the_rows_and_no_attention_mask(tokens: Tokens) -> None:
+    rows = [packed_row([tokens([1, 2])], length=4), packed_row([tokens([3])], length=4)]
+    batch = collate(rows)
+    assert {name: column.tolist() for name, column in batch.items()} == {
+        "input_ids": [[1, 2, 0, 0], [3, 0, 0, 0]],
+        "labels": [[-100, 2, -100, -100], [-100, -100, -100, -100]],
+        "position_ids": [[0, 1, 0, 1], [0, 0, 1, 2]],
+        "segment_ids": [[1, 1, 0, 0], [1, 0, 0, 0]],
+    }
+    assert all(column.dtype == torch.long for column in batch.values())
+
+
+def test_rows_of_different_lengths_are_refused(tokens: Tokens) -> None:
+    rows = [packed_row([tokens([1])], length=4), packed_row([tokens([1])], length=5)]
+    with pytest.raises(ValueError, match=r"rows of one length, but these have lengths \[4, 5\]"):
+        collate(rows)
+    with pytest.raises(ValueError, match=r"lengths \[\]"):
+        collate([])

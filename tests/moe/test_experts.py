@@ -1,0 +1,164 @@
+"""The fast expert compute against the sum that defines it: values, gradients, drops, autocast."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from flanmoe.moe.experts import FusedExperts, expert_ffn, expert_ffn_reference, gated
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, FusedExperts]:
+    """Float64 inputs; expert ids of `num_experts` are dropped assignments."""
+    num_tokens = draw(st.integers(0, 9))
+    num_experts = draw(st.integers(1, 5))
+    top_k = draw(st.integers(1, num_experts))
+    hidden_size, width = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    used = draw(st.integers(1, num_experts + 1))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    biased = draw(st.booleans())
+    experts = FusedExperts(
+        gate_up=normal(num_experts, 2 * width, hidden_size),
+        down=normal(num_experts, hidden_size, width),
+        combine=gated(F.silu),
+        gate_up_bias=normal(num_experts, 2 * width) if biased else None,
+        down_bias=normal(num_experts, hidden_size) if biased else None,
+        output_norm=torch.tanh if draw(st.booleans()) else None,
+    )
+    expert_ids = torch.randint(used, (num_tokens, top_k), generator=generator)
+    if draw(st.booleans()):
+        expert_ids = expert_ids + (num_experts + 1 - used)
+    return normal(num_tokens, hidden_size), expert_ids, normal(num_tokens, top_k), experts
+
+
+def _leaves(hidden: Tensor, gates: Tensor, experts: FusedExperts) -> list[Tensor]:
+    tensors = (
+        hidden,
+        gates,
+        experts.gate_up,
+        experts.down,
+        experts.gate_up_bias,
+        experts.down_bias,
+    )
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _gradients(output: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    loss = (output * weights).sum()
+    return list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+
+
+@given(cases())
+def test_equals_the_written_out_sum_and_its_gradients(case: tuple) -> None:
+    hidden, expert_ids, gates, experts = case
+    fast = expert_ffn(hidden, expert_ids, gates, experts)
+    slow = expert_ffn_reference(hidden, expert_ids, gates, experts)
+    torch.testing.assert_close(fast, slow)
+    if not slow.requires_grad:  # no token, or every assignment dropped
+        return
+    leaves = _leaves(hidden, gates, experts)
+    for found, expected in zip(_gradients(fast, leaves), _gradients(slow, leaves), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def _random_case(*, num_tokens: int = 64, dtype: torch.dtype = torch.float32) -> tuple:
+    generator = torch.Generator().manual_seed(0)
+    experts = FusedExperts(
+        gate_up=torch.randn(4, 12, 8, generator=generator, dtype=dtype),
+        down=torch.randn(4, 8, 6, generator=generator, dtype=dtype),
+        combine=gated(F.silu),
+    )
+    hidden = torch.randn(num_tokens, 8, generator=generator, dtype=dtype)
+    expert_ids = torch.rand(num_tokens, 4, generator=generator).topk(2, dim=-1).indices
+    gates = torch.rand(num_tokens, 2, generator=generator)
+    return hidden, expert_ids, gates, experts
+
+
+def test_matrices_may_be_transposed_views() -> None:
+    hidden, expert_ids, gates, experts = _random_case()
+    stored = FusedExperts(
+        gate_up=experts.gate_up.transpose(1, 2).contiguous().transpose(1, 2),
+        down=experts.down.transpose(1, 2).contiguous().transpose(1, 2),
+        combine=experts.combine,
+    )
+    torch.testing.assert_close(
+        expert_ffn(hidden, expert_ids, gates, stored),
+        expert_ffn(hidden, expert_ids, gates, experts),
+    )
+
+
+def test_choices_are_added_in_float32_when_weights_are_bfloat16() -> None:
+    # One expert that returns 1 and one that returns 2^-9: their sum is not a bfloat16, but half of
+    # the difference decides which way the sum rounds once the third choice is added.
+    width = hidden_size = 1
+    values = torch.tensor([1.0, 2.0**-9, 2.0**-9], dtype=torch.bfloat16)
+    experts = FusedExperts(
+        gate_up=torch.ones(3, 2 * width, hidden_size, dtype=torch.bfloat16),
+        down=values.view(3, 1, 1),
+        combine=lambda product: product[..., :1],
+    )
+    hidden = torch.ones(1, 1, dtype=torch.bfloat16)
+    gates = torch.ones(1, 3)
+    found = expert_ffn(hidden, torch.tensor([[0, 1, 2]]), gates, experts)
+    # bfloat16 has 8 bits: 1 + 2^-9 + 2^-9 = 1 + 2^-8 is half a step above 1 and ties to even (1),
+    # so use float32 accumulation's own rounding of the exact sum as the expectation.
+    exact = values.double().sum().to(torch.bfloat16)
+    assert found.item() == exact.item()
+    assert found.dtype == torch.bfloat16
+
+
+def test_gates_keep_their_float32_precision() -> None:
+    # The product of a bfloat16 gate would lose the 2^-12; the float32 sum keeps it until the final
+    # rounding.
+    experts = FusedExperts(
+        gate_up=torch.ones(2, 2, 1, dtype=torch.bfloat16),
+        down=torch.tensor([1.0, -1.0], dtype=torch.bfloat16).view(2, 1, 1),
+        combine=lambda product: product[..., :1],
+    )
+    gates = torch.tensor([[1.0 + 2.0**-12, 1.0]])
+    found = expert_ffn(
+        torch.ones(1, 1, dtype=torch.bfloat16), torch.tensor([[0, 1]]), gates, experts
+    )
+    assert found.item() == 2.0**-12
+
+
+def test_autocast_computes_in_bfloat16_and_gives_float32_gradients() -> None:
+    hidden, expert_ids, gates, experts = _random_case()
+    experts.gate_up.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = expert_ffn(hidden, expert_ids, gates, experts)
+    exact = expert_ffn(hidden, expert_ids, gates, experts)
+    assert output.dtype == torch.float32
+    assert 0 < (output - exact).abs().max() < 0.05 * exact.abs().max()
+    (gradient,) = torch.autograd.grad(output.sum(), [experts.gate_up])
+    (expected,) = torch.autograd.grad(exact.sum(), [experts.gate_up])
+    assert gradient.dtype == torch.float32
+    assert F.cosine_similarity(gradient.flatten(), expected.flatten(), dim=0) > 0.999
+
+
+def test_a_token_does_not_depend_on_its_neighbours() -> None:
+    hidden, expert_ids, gates, experts = _random_case(dtype=torch.float64)
+    whole = expert_ffn(hidden, expert_ids, gates, experts)
+    alone = expert_ffn(hidden[17:18], expert_ids[17:18], gates[17:18], experts)
+    torch.testing.assert_close(whole[17:18], alone, rtol=1e-14, atol=1e-14)
+
+
+def test_repeats_to_the_bit() -> None:
+    hidden, expert_ids, gates, experts = _random_case(num_tokens=512)
+    first = expert_ffn(hidden, expert_ids, gates, experts)
+    assert torch.equal(first, expert_ffn(hidden, expert_ids, gates, experts))
+
+
+@pytest.mark.parametrize("num_tokens", [0, 5])
+def test_all_assignments_dropped_gives_zeros(num_tokens: int) -> None:
+    hidden, expert_ids, gates, experts = _random_case(num_tokens=num_tokens)
+    found = expert_ffn(hidden, torch.full_like(expert_ids, 4), gates, experts)
+    assert torch.equal(found, torch.zeros_like(hidden))

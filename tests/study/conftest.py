@@ -1,0 +1,243 @@
+"""A report's data as a small quickstart would give it, drawn from a fixed seed."""
+
+import math
+import random
+
+import pytest
+
+from flanmoe.core.ledger import Ledger
+from flanmoe.study.report_data import (
+    ArmReport,
+    Comparison,
+    CurvePoint,
+    DataReport,
+    Evaluation,
+    ExpertLoadReport,
+    Flops,
+    Hardware,
+    LossCurve,
+    Memory,
+    Parameters,
+    ReportData,
+    RouterLosses,
+    Score,
+    TaskData,
+    TaskScore,
+)
+
+_TASKS = (
+    "exemplars/bbh/boolean_expressions",
+    "exemplars/bbh/date_understanding",
+    "exemplars/gsm8k_cot",
+)
+
+
+def _curve(rng: random.Random, *, steps: int, start: float) -> LossCurve:
+    points = [
+        CurvePoint(
+            tokens=1987 * (step + 1),
+            loss=start - 0.5 * (1 - math.exp(-step / 20)) + rng.gauss(0, 0.06),
+        )
+        for step in range(steps)
+    ]
+    return LossCurve(seed=0, points=tuple(points))
+
+
+def _evaluation(rng: random.Random, *, loss: float, accuracy: float) -> Evaluation:
+    tasks = tuple(
+        TaskScore(
+            task=name,
+            loss=Score(mean=loss + rng.gauss(0, 0.1), standard_error=0.08, num_examples=61 + index),
+            accuracy=None
+            if index == 2
+            else Score(
+                mean=accuracy + rng.gauss(0, 0.03),
+                standard_error=0.051,
+                num_examples=61 + index,
+                chance=0.35,
+            ),
+            num_seen=17 if index == 2 else 0,
+        )
+        for index, name in enumerate(_TASKS)
+    )
+    return Evaluation(
+        loss=Score(mean=loss, standard_error=0.0437, num_examples=186),
+        accuracy=Score(mean=accuracy, standard_error=0.0341, num_examples=123, chance=0.3512),
+        tasks=tasks,
+    )
+
+
+def _load(rng: random.Random, *, num_layers: int, num_experts: int) -> ExpertLoadReport:
+    rows: list[tuple[float, ...]] = []
+    for layer in range(num_layers):
+        weights = [rng.gammavariate(4, 1) for _ in range(num_experts)]
+        if layer == 4:
+            weights[3] = 0.0
+        rows.append(tuple(weight / sum(weights) for weight in weights))
+    return ExpertLoadReport(
+        layers=tuple(range(num_layers)),
+        shares=tuple(rows),
+        entropy_nats=tuple(-sum(share * math.log(share) for share in row if share) for row in rows),
+    )
+
+
+def _dense(rng: random.Random) -> ArmReport:
+    gib = 2**30
+    return ArmReport(
+        label="dense",
+        description="SmolLM2-135M-Instruct, all weights tuned",
+        parameters=Parameters(total=134_515_008, active=134_515_008, trainable=134_515_008),
+        flops=Flops(body=212.3e6, head=56.6e6, attention_scores=35.4e6, context_length=512),
+        ledger=Ledger(
+            sequences=256,
+            real_tokens=127_168,
+            padding_tokens=3_904,
+            loss_tokens=81_231,
+            steps=64,
+            flops=1.19e14,
+            seconds=221.4,
+            peak_memory_bytes=int(3.31 * gib),
+        ),
+        memory=Memory(
+            estimate={
+                "weights": int(0.5 * gib),
+                "gradients": int(0.5 * gib),
+                "optimizer": int(1.0 * gib),
+                "activations": int(0.82 * gib),
+                "runtime": int(0.38 * gib),
+            },
+            measured=int(3.31 * gib),
+        ),
+        before=_evaluation(rng, loss=1.912, accuracy=0.412),
+        after=_evaluation(rng, loss=1.671, accuracy=0.434),
+        curves=(_curve(rng, steps=64, start=1.9),),
+    )
+
+
+def _sparse(rng: random.Random) -> ArmReport:
+    gib = 2**30
+    dense = _dense(rng)
+    return dense.model_copy(
+        update={
+            "label": "sparse",
+            "description": "upcycled to 8 experts of half width, top-2",
+            "parameters": Parameters(total=373_248_576, active=134_653_248, trainable=373_248_576),
+            "flops": dense.flops.model_copy(update={"body": 212.6e6}),
+            "ledger": dense.ledger.model_copy(
+                update={"seconds": 498.2, "flops": 1.193e14, "peak_memory_bytes": int(7.42 * gib)}
+            ),
+            "memory": Memory(
+                estimate={
+                    "weights": int(1.39 * gib),
+                    "gradients": int(1.39 * gib),
+                    "optimizer": int(2.78 * gib),
+                    "activations": int(1.21 * gib),
+                    "runtime": int(0.38 * gib),
+                },
+                measured=int(7.42 * gib),
+            ),
+            "after": _evaluation(rng, loss=1.652, accuracy=0.4309),
+            "curves": (_curve(rng, steps=64, start=1.91),),
+            "expert_load": _load(rng, num_layers=30, num_experts=8),
+            "router_losses": RouterLosses(
+                settings={"balance_coefficient": 0.01, "z_coefficient": 0.001, "scope": "global"},
+                last={"balance": 2.0713, "z": 5.402},
+            ),
+            "step0_max_abs_diff": 3.62e-5,
+        }
+    )
+
+
+@pytest.fixture
+def two_arms() -> ReportData:
+    """Dense and sparse, before and after, with four paired comparisons of all three verdicts."""
+    rng = random.Random(7)
+    dense, sparse = _dense(rng), _sparse(rng)
+    return ReportData(
+        study="quickstart",
+        description="Is an upcycled sparse model worth it at equal FLOPs per token?",
+        scale="A demonstration: minutes of tuning on two cores, on a few hundred examples.",
+        created="2026-11-24 09:30 UTC",
+        versions={
+            "python": "3.11.7",
+            "flanmoe": "0.1.0",
+            "torch": "2.13.0+cpu",
+            "transformers": "5.23.0",
+        },
+        hardware=Hardware(cpu="Example CPU 2.4 GHz", num_cores=2, memory_bytes=16 * 2**30),
+        baseline="dense",
+        arms=(dense, sparse),
+        data=DataReport(
+            tasks=(
+                TaskData(task="exemplars/mmlu_cot", num_examples=285, share=0.871),
+                TaskData(task="exemplars/gsm8k_cot", num_examples=8, share=0.129),
+            ),
+            num_seen=291,
+            num_dropped=3,
+            num_truncated=1,
+            padding_share=0.0298,
+            held_out=("exemplars/mmlu_cot/anatomy", "exemplars/gsm8k_cot"),
+            evaluation_only=("exemplars/bbh/*",),
+        ),
+        comparisons=(
+            Comparison(
+                subject="sparse",
+                reference="dense",
+                metric="loss",
+                mean=-0.0194,
+                standard_error=0.0061,
+                low=-0.0313,
+                high=-0.0076,
+                num_examples=186,
+            ),
+            Comparison(
+                subject="sparse",
+                reference="dense",
+                metric="accuracy",
+                mean=-0.0031,
+                standard_error=0.0142,
+                low=-0.0325,
+                high=0.0244,
+                num_examples=123,
+            ),
+            Comparison(
+                subject="dense",
+                reference="dense",
+                kind="tuning",
+                metric="loss",
+                mean=-0.241,
+                standard_error=0.018,
+                low=-0.276,
+                high=-0.206,
+                num_examples=186,
+            ),
+            Comparison(
+                subject="sparse",
+                reference="sparse",
+                kind="tuning",
+                metric="loss",
+                mean=-0.26,
+                standard_error=0.019,
+                low=-0.297,
+                high=-0.223,
+                num_examples=186,
+            ),
+        ),
+        notes=("17 exemplars of GSM8K were seen in training and are marked.",),
+    )
+
+
+@pytest.fixture
+def one_dense_arm(two_arms: ReportData) -> ReportData:
+    """A single dense arm without accuracy, memory estimate and comparisons."""
+    arm = two_arms.arms[0]
+    assert arm.before is not None
+    assert arm.after is not None
+    bare = arm.model_copy(
+        update={
+            "memory": None,
+            "before": None,
+            "after": Evaluation(loss=arm.after.loss),
+        }
+    )
+    return ReportData(study="alone", arms=(bare,))
