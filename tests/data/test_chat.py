@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from flanmoe.core.errors import DataError
 from flanmoe.data.chat import render_chat
@@ -56,8 +57,6 @@ def test_the_plain_form_begins_as_the_tokenizer_begins_texts() -> None:
 
 
 def _beginning_with(token: str, token_id: int) -> Any:
-    from tokenizers.processors import TemplateProcessing
-
     return TemplateProcessing(single=f"{token} $A", special_tokens=[(token, token_id)])
 
 

@@ -1,6 +1,6 @@
 """The promise of packing: an example in a row computes what it computes alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -55,6 +55,15 @@ def _logits(model: Any, batch: dict[str, Tensor], **options: Any) -> Tensor:
             use_cache=False,
             **options,
         ).logits
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The matrices are tiny: more threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["llama", "mixtral"])

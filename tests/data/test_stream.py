@@ -75,12 +75,12 @@ def test_the_same_seed_gives_the_same_rows_and_another_seed_others(
     assert len(set(first)) == 30
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(
     window=st.integers(1, 20),
     world_size=st.integers(1, 3),
-    taken=st.integers(0, 25),
-    ahead=st.integers(0, 12),
+    taken=st.integers(0, 14),
+    ahead=st.integers(0, 9),
 )
 def test_a_restored_stream_goes_on_as_the_uninterrupted_one(
     data_dir: Path, tokenizer: Any, window: int, world_size: int, taken: int, ahead: int
@@ -92,14 +92,14 @@ def test_a_restored_stream_goes_on_as_the_uninterrupted_one(
     direct = stream.state_dict()
     texts(stream, ahead)
     after = stream.state_after(taken)
-    expected = texts(stream_of(data_dir, tokenizer, **options), taken + 15)[taken:]
+    expected = texts(stream_of(data_dir, tokenizer, **options), taken + 8)[taken:]
     for state in (direct, after):
         restored = stream_of(data_dir, tokenizer, **options)
         restored.load_state_dict(json.loads(json.dumps(state)))
         assert restored.rows_given == taken
         assert restored.report == report
         assert restored.seen_hashes == drawn
-        assert texts(restored, 15) == expected
+        assert texts(restored, 8) == expected
         assert restored.state_after(taken)["rows"] == taken
 
 

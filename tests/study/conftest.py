@@ -6,6 +6,8 @@ import random
 import pytest
 
 from flanmoe.core.ledger import Ledger
+from flanmoe.study.plots import Drawing, drawings
+from flanmoe.study.report import html_report
 from flanmoe.study.report_data import (
     ArmReport,
     Comparison,
@@ -148,7 +150,7 @@ def _sparse(rng: random.Random) -> ArmReport:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def two_arms() -> ReportData:
     """Dense and sparse, before and after, with four paired comparisons of all three verdicts."""
     rng = random.Random(7)
@@ -227,7 +229,7 @@ def two_arms() -> ReportData:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def one_dense_arm(two_arms: ReportData) -> ReportData:
     """A single dense arm without accuracy, memory estimate and comparisons."""
     arm = two_arms.arms[0]
@@ -241,3 +243,15 @@ def one_dense_arm(two_arms: ReportData) -> ReportData:
         }
     )
     return ReportData(study="alone", arms=(bare,))
+
+
+@pytest.fixture(scope="session")
+def two_arms_html(two_arms: ReportData) -> str:
+    """The page of `two_arms`, drawn once for all tests that only read it."""
+    return html_report(two_arms)
+
+
+@pytest.fixture(scope="session")
+def two_arms_drawings(two_arms: ReportData) -> tuple[Drawing, ...]:
+    """The figures of `two_arms`, drawn once."""
+    return drawings(two_arms)

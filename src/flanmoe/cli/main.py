@@ -3,10 +3,12 @@
 Exit status 0 means success, 2 a mistake of the user, 130 Ctrl-C with the state saved, 1 anything else.
 """
 
+import importlib.metadata
 import json
 import os
 import sys
 import traceback
+from typing import Annotated
 
 import typer
 from typer import rich_utils
@@ -47,15 +49,22 @@ app.command()(chat)
 app.add_typer(data_app, name="data")
 
 
-@app.callback(invoke_without_command=True)
-def _root(
-    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
-) -> None:
-    if version:
-        from flanmoe import __version__
-
-        typer.echo(__version__)
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(importlib.metadata.version("flanmoe"))
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Options that stand before a verb."""
 
 
 def main() -> None:

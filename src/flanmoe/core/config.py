@@ -60,11 +60,11 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping from its node."""
-        seen: set[Any] = set()
+        seen: set[str] = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == _YAML_MERGE:
                 continue
-            key: Any = self.construct_object(key_node)  # pyright: ignore[reportUnknownMemberType]
+            key = str(key_node.value)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"found the key `{key}` twice", key_node.start_mark
@@ -143,7 +143,7 @@ def _assign(root: dict[str, Any], keys: list[str], value: Any, override: str) ->
         index = _index(node, key, override)
         if isinstance(node, dict) and cast("dict[Any, Any]", node).get(index) is None:
             node[index] = {}
-        node = node[index]
+        node = cast(Any, node[index])
     node[_index(node, keys[-1], override)] = value
 
 

@@ -31,7 +31,8 @@ def render_chat(example: Example, renderer: Renderer, tokenizer: Tokenizer, task
         DataError: if the template does not keep the model's turn apart, or there is no end-of-text
             token.
     """
-    exchange = renderer(example)
+    user, answer = renderer(example)
+    exchange = Exchange(user=user, response=answer.strip())
     if tokenizer.chat_template:
         prompt, response = _templated(exchange, tokenizer)
     else:
@@ -51,15 +52,13 @@ def _templated(exchange: Exchange, tokenizer: Tokenizer) -> tuple[str, str]:
     prompt = _written(question, tokenizer, add_generation_prompt=True)
     whole = _written(answered, tokenizer, add_generation_prompt=False)
     response = whole[len(prompt) :].rstrip()
-    if not whole.startswith(prompt) or exchange.response.strip() not in response:
+    if not whole.startswith(prompt) or exchange.response not in response:
         raise DataError(
             "The chat template of the tokenizer does not keep the model's turn apart from the "
-            "prompt, so "
-            "the loss cannot be placed on it. Use a tokenizer whose template writes a conversation "
-            "turn "
-            "by turn."
+            "prompt, so the loss cannot be placed on it. Use a tokenizer whose template writes a "
+            "conversation turn by turn."
         )
-    if response.endswith(exchange.response.strip()):
+    if response.endswith(exchange.response):
         response += _end_of_text(tokenizer)
     return prompt, response
 
@@ -93,7 +92,6 @@ def _end_of_text(tokenizer: Tokenizer) -> str:
     if tokenizer.eos_token is None:
         raise DataError(
             "A tokenizer needs an end-of-text token (`eos_token`), but this one has none, so a "
-            "model "
-            "could not learn to stop. Set it in the tokenizer's configuration."
+            "model could not learn to stop. Set it in the tokenizer's configuration."
         )
     return str(tokenizer.eos_token)

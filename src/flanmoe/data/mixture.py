@@ -165,8 +165,8 @@ def _check_names(tasks: Sequence[Task]) -> None:
     for task in tasks:
         if task.name in seen:
             raise ConfigError(
-                f"A mixture must hold each task once, but `{task.name}` comes twice. "
-                "Take one out, or give it another split or renderer."
+                f"A mixture must hold each task once, but `{task.name}` comes twice. Take one "
+                "out, or give it another split or renderer."
             )
         seen.add(task.name)
 
@@ -179,8 +179,12 @@ def _weights(tasks: Sequence[Task], maximum: int | None) -> list[float]:
     if missing:
         raise ConfigError(
             f"Either every task of a mixture has a `rate` or none has, but `{given[0].name}` has "
-            "one "
-            f"and `{missing[0]}` has not. Rates are shares of the draws; sizes are not."
+            f"one and `{missing[0]}` has not. Rates are shares of the draws; sizes are not."
+        )
+    if maximum is not None or any(task.config.cap is not None for task in tasks):
+        raise ConfigError(
+            "`cap` and `maximum_per_task` have no effect in a mixture with rates, but are set. "
+            "Take them out, or take out the rates."
         )
     return _shared_rates(tasks)
 

@@ -241,8 +241,7 @@ def _fitted(
     if config.on_too_long == "error":
         raise DataError(
             f"Example `{example.key}` of task `{example.task}` must have at most {config.length} "
-            "tokens "
-            f"(`packing.length`), but has {len(example)}. Raise `packing.length`, or set "
+            f"tokens (`packing.length`), but has {len(example)}. Raise `packing.length`, or set "
             "`packing.on_too_long` to `drop` or `truncate`."
         )
     cut = example.truncated(config.length)

@@ -13,7 +13,7 @@ _CLOSING = re.compile(
     (?:^|(?<=[\s.!?]))
     (?:
         \*\*Final\ Answer\*\*:
-      | (?:(?:So|Thus|Therefore|Hence),?\s+)?[Tt]he\s+(?:final\s+|correct\s+)?answer\s+is:?
+      | (?:(?i:so|thus|therefore|hence),?\s+)?[Tt]he\s+(?:final\s+|correct\s+)?answer\s+is:?
     )
     \s+(?P<answer>[^\n]+?)\s*\.?\s*$
     """,

@@ -96,8 +96,7 @@ def _shape_of(row: Row, locator: Locator) -> Shape:
     understood = [" + ".join(shape.needs) for shape in SHAPES]
     raise DataError(
         f"{locator}: a record must have the fields of a known form ({listing(understood)}), but "
-        "has "
-        f"{listing(sorted(row)) or 'none'}. Rename its fields."
+        f"has {listing(sorted(row)) or 'none'}. Rename its fields."
     )
 
 
@@ -123,7 +122,8 @@ def _with_choices(
     label = row.get("label", row.get("answer"))
     if label is None:
         raise DataError(
-            f"{locator}: the record has no target: neither `label` nor `answer` is set."
+            f"{locator}: the record has no target: neither `label` nor `answer` is set. Fill one "
+            "in, or set `on_bad_record: skip` for the task to leave such records out."
         )
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
         raise DataError(
@@ -195,8 +195,7 @@ def _target(row: Row, shape: Shape, locator: Locator) -> tuple[str, list[str]]:
             return texts[0], texts[1:]
     raise DataError(
         f"{locator}: the record has no target: {listing(shape.answers)} is missing or empty. Fill "
-        "it in, "
-        "or set `on_bad_record: skip` for the task to leave such records out."
+        "it in, or set `on_bad_record: skip` for the task to leave such records out."
     )
 
 

@@ -154,11 +154,9 @@ class PackedStream:
         if state["identity"] != self._identity or state["world_size"] != self.world_size:
             raise RunError(
                 "The saved position belongs to another data stream: its tasks, sizes, rates, "
-                "packing, "
-                f"seed or number of processes differ (saved {state['identity']} x "
+                f"packing, seed or number of processes differ (saved {state['identity']} x "
                 f"{state['world_size']}, here {self._identity} x {self.world_size}). Resume with "
-                "the "
-                "recipe and data that the run was started with."
+                "the recipe and data that the run was started with."
             )
         self._start_at(
             _WindowStart(

@@ -16,7 +16,7 @@ from flanmoe.data.example import Example
 from flanmoe.data.renderers import AUTO, Renderer, renderer_named, renderers
 from flanmoe.data.rows import example_from_row
 from flanmoe.data.sources.base import Source
-from flanmoe.data.sources.exemplars import PREFIX, exemplar_index
+from flanmoe.data.sources.exemplars import PREFIX, exemplar_families, exemplar_index
 from flanmoe.data.sources.finding import DEFAULT_SPLIT, find_source
 
 CHOICE_SCORER = "choice_likelihood"
@@ -67,10 +67,9 @@ class TaskConfig(Config):
         try:
             renderer_named(value)
         except ConfigError as error:
-            known = [AUTO, *renderers]
+            known = [AUTO, *(name.rpartition(".v")[0] for name in renderers)]
             raise ValueError(
-                f"must be one of {listing(known)}, but is `{value}`."
-                f"{nearest_name_hint(value, known)}"
+                f"must be one of {listing(known)}, but is `{value}`.{nearest_name_hint(value, known)}"
             ) from error
         return value
 
@@ -79,8 +78,7 @@ class TaskConfig(Config):
         if self.exclude and not self.is_family:
             raise ValueError(
                 "`exclude` only works with a family such as `exemplars/mmlu_cot/*`, but is set "
-                "for "
-                f"`{self.name}`"
+                f"for `{self.name}`"
             )
         return self
 
@@ -169,12 +167,7 @@ class Task:
                     raise
                 rejected.append(Rejected(locator=str(locator), reason=str(error)))
         if not examples:
-            raise DataError(
-                f"The task `{self.name}` must hold at least one example, but its source has "
-                f"{len(rejected)} records and none can be used"
-                + (f" (the first: {rejected[0].reason})" if rejected else "")
-                + ". Check the file."
-            )
+            raise DataError(_empty(self.name, rejected))
         return tuple(examples), tuple(rejected)
 
 
@@ -187,8 +180,8 @@ def load_task(config: TaskConfig, *, data_dir: Path | None = None) -> Task:
     """
     if config.is_family:
         raise ConfigError(
-            f"One task is needed here, but `{config.name}` stands for all tasks of a family. "
-            "Name one of them."
+            f"One task is needed here, but `{config.name}` stands for all tasks of a family. Name "
+            "one of them."
         )
     source = find_source(config.name, split=config.split, subset=config.subset, data_dir=data_dir)
     return Task(config, source)
@@ -229,21 +222,30 @@ def _without(names: Sequence[str], prefix: str, patterns: Sequence[str]) -> list
         if not matched:
             short = [name.removeprefix(prefix) for name in names]
             raise DataError(
-                f"The `exclude` pattern `{pattern}` matches no task below `{prefix}`."
-                f"{nearest_name_hint(pattern, short)} Tasks: {listing(short)}."
+                f"The `exclude` pattern `{pattern}` matches no task below `{prefix}`.{nearest_name_hint(pattern, short)} "
+                f"Tasks: {listing(short)}."
             )
         kept = [name for name in kept if name not in matched]
     return kept
 
 
 def _no_family(name: str) -> str:
-    families = sorted(
-        {f"{PREFIX}{_default_cluster(task)}{_EVERY}" for task in exemplar_index().tasks}
-    )
+    families = [family for family in exemplar_families() if family.endswith(_EVERY)]
     return (
         f"No tasks are called `{name}`.{nearest_name_hint(name, families)} `/*` works for "
-        "exemplars: "
-        f"{listing(families)}."
+        f"exemplars: {listing(families)}."
+    )
+
+
+def _empty(name: str, rejected: Sequence[Rejected]) -> str:
+    if not rejected:
+        return (
+            f"The task `{name}` must hold at least one example, but its source has 0 records. "
+            "Check the file."
+        )
+    return (
+        f"The task `{name}` must hold at least one example, but none of its {len(rejected)} "
+        f"records can be used; the first: {rejected[0].reason}"
     )
 
 

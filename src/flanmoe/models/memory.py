@@ -122,8 +122,34 @@ def saved_bytes_per_token(model: PreTrainedModel, precision: Precision) -> int:
     for module in model.modules():
         children = dict(module.named_children())
         total += _linear_input_bytes(module, precision, model)
-        total += sum(8 * _norm_width(name, child, children) for name, child in children.items())
+        total += sum(8 * _norm_width(name, child) for name, child in children.items())
         down = children.get("down_proj")
         if isinstance(down, nn.Linear):
             total += width * 3 * down.in_features
     return total
+
+
+def _block_bytes(block: MoEBlock, width: int) -> int:
+    visits = block.top_k * width * (block.hidden_size + 4 * block.expert_width)
+    return visits + _FLOAT32 * block.top_k * block.hidden_size
+
+
+def _linear_input_bytes(module: nn.Module, precision: Precision, model: PreTrainedModel) -> int:
+    if not isinstance(module, nn.Linear) or module is model.get_output_embeddings():
+        return 0
+    # In float32 the projections of one input share it; a third stands for queries, keys and values.
+    share = 1.0 if precision == "bfloat16" else 1 / 3
+    return int(_COMPUTE_BYTES[precision] * module.in_features * share)
+
+
+def _norm_width(name: str, child: nn.Module) -> int:
+    """Return the width of a norm, 0 for anything else: a norm's only parameter is one row."""
+    parameters = dict(child.named_parameters(recurse=False))
+    weight = parameters.get("weight")
+    is_norm = "norm" in name and weight is not None and weight.ndim == 1
+    return weight.numel() if is_norm and weight is not None else 0
+
+
+def _bytes_per_logit(precision: Precision) -> int:
+    # The logits as computed, their float32 copy, log-probabilities, and the gradient of the float32 ones.
+    return _COMPUTE_BYTES[precision] + 3 * _FLOAT32

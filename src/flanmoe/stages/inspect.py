@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flanmoe.models.plan import count_parameters
 from rich.table import Table
 from transformers import PreTrainedModel
 
@@ -15,6 +14,7 @@ from flanmoe.data.collate import collate
 from flanmoe.data.packing import packed_row, tokenize
 from flanmoe.data.tasks import Task, TaskConfig, load_tasks
 from flanmoe.models.blocks import require_moe_blocks
+from flanmoe.models.plan import count_parameters
 from flanmoe.moe.recorder import ExpertLoad, RoutingRecorder
 from flanmoe.stages.held_model import HeldModel
 

@@ -15,7 +15,6 @@ under `stage`:
 
 from typing import Annotated, Literal
 
-from flanmoe.training.arguments import TuneConfig
 from pydantic import AfterValidator, Field, model_validator
 
 from flanmoe.core.config import Config
@@ -23,6 +22,7 @@ from flanmoe.data.mixture import MixtureConfig
 from flanmoe.data.packing import PackingConfig
 from flanmoe.evaluation.suites import SuiteConfig
 from flanmoe.models.upcycle import UpcycleConfig
+from flanmoe.training.arguments import TuneConfig
 
 
 class UpcycleStage(UpcycleConfig):

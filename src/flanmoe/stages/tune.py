@@ -1,10 +1,5 @@
 """The stage `tune`: the model in hand is trained on a mixture, and what it has seen is kept with it."""
 
-from flanmoe.models.flops import FlopCount, count_flops
-from flanmoe.models.plan import MemoryEstimate, ParameterCount, count_parameters, estimate_memory
-from flanmoe.training.checkpoints import latest_checkpoint, remove_checkpoints
-from flanmoe.training.tune import TuneResult, tune
-
 from flanmoe.core.config import Config
 from flanmoe.core.console import say
 from flanmoe.core.files import disk_errors
@@ -12,10 +7,15 @@ from flanmoe.data.mixture import Mixture
 from flanmoe.data.packing import PackingReport
 from flanmoe.data.stream import PackedStream
 from flanmoe.evaluation.results import write_training_hashes
+from flanmoe.models.flops import FlopCount, count_flops
 from flanmoe.models.loading import save_model
+from flanmoe.models.memory import MemoryEstimate, estimate_memory
+from flanmoe.models.plan import ParameterCount, count_parameters
 from flanmoe.stages.context import StageContext
 from flanmoe.stages.held_model import HeldModel
 from flanmoe.stages.recipe import TuneStage
+from flanmoe.training.checkpoints import latest_checkpoint, remove_checkpoints
+from flanmoe.training.tune import TuneResult, tune
 
 
 class TuneStageResult(Config):

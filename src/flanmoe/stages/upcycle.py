@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flanmoe.models.plan import ParameterCount, count_parameters
 from transformers import PreTrainedTokenizerBase
 
 from flanmoe.core.config import Config
@@ -14,6 +13,7 @@ from flanmoe.core.files import disk_errors
 from flanmoe.core.rundir import RunDir
 from flanmoe.core.seeds import SeedTree
 from flanmoe.models.loading import save_model
+from flanmoe.models.plan import ParameterCount, count_parameters
 from flanmoe.models.upcycle import UpcycleConfig, check_step0, upcycle
 from flanmoe.stages.context import StageContext
 from flanmoe.stages.held_model import HeldModel

@@ -164,7 +164,7 @@ def _sizes(
             trainable=tuned.parameters.trainable,
         ),
         Flops(
-            body=tuned.flops.body,
+            body=tuned.flops.body + tuned.flops.router,
             head=tuned.flops.head,
             attention_scores=tuned.flops.attention_scores,
             context_length=tuned.flops.context_length,

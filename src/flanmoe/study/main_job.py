@@ -33,10 +33,11 @@ def quickstart_study(*, minutes: float, overrides: Sequence[str]) -> Study:
     resource = package_files("flanmoe.study").joinpath("quickstart.yaml")
     values = yaml.safe_load(resource.read_text(encoding="utf-8"))
     share = minutes / _DEFAULT_MINUTES
-    steps = values["defaults"]["tune"]["train"]["steps"]
+    steps = max(1, round(values["defaults"]["tune"]["train"]["steps"] * share))
     limit = values["defaults"]["evaluate"]["limit"]
     scaled = [
-        f"defaults.tune.train.steps={max(1, round(steps * share))}",
+        f"defaults.tune.train.steps={steps}",
+        f"defaults.tune.train.warmup_steps={min(2, steps)}",
         f"defaults.evaluate.limit={max(8, min(limit, round(limit * share)))}",
     ]
     changes = [] if share == 1 else scaled

@@ -5,21 +5,16 @@ Models are built on the meta device, so a plan needs the configuration of a mode
 
 from pathlib import Path
 
-from flanmoe.models.flops import FlopCount, count_flops
-from flanmoe.models.plan import (
-    MemoryEstimate,
-    ParameterCount,
-    count_parameters,
-    estimate_memory,
-    meta_model,
-    sparse_config,
-)
 from rich.table import Table
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flanmoe.core.config import Config
+from flanmoe.models.flops import FlopCount, count_flops
 from flanmoe.models.loading import load_config
-from flanmoe.models.upcycle import UpcycleConfig
+from flanmoe.models.memory import MemoryEstimate, estimate_memory
+from flanmoe.models.meta import meta_model
+from flanmoe.models.plan import ParameterCount, count_parameters
+from flanmoe.models.upcycle import UpcycleConfig, sparse_config
 from flanmoe.stages.recipe import EvaluateStage, TuneStage, UpcycleStage
 from flanmoe.study.machine import Machine, this_machine
 from flanmoe.study.study import Arm, Study
@@ -122,9 +117,10 @@ def _plan_arm(arm: Arm, machine: Machine) -> ArmPlan:
                     precision=stage.train.precision,
                 )
                 memory = max((memory, needed), key=lambda item: item.total if item else -1)
-                tokens += stage.train.tokens
-                training_flops += flops.training * stage.train.tokens
-                all_flops += flops.training * stage.train.tokens
+                planned = stage.train.steps * stage.train.rows_per_step * stage.train.length
+                tokens += planned
+                training_flops += flops.training * planned
+                all_flops += flops.training * planned
                 # The tuned model, and a checkpoint of weights and two moments beside the next one.
                 disk += _model_bytes(model) * (1 + 3 * (1 + stage.train.keep_checkpoints))
             case EvaluateStage():

@@ -23,6 +23,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from flanmoe.study.report_data import (
     ArmReport,
     Comparison,
+    CurvePoint,
     Evaluation,
     ExpertLoadReport,
     Metric,
@@ -95,8 +96,8 @@ def drawings(data: ReportData) -> tuple[Drawing, ...]:
 
 
 def loss_curves(data: ReportData) -> Drawing | None:
-    """Training loss of every arm over tokens; None where no arm has a curve."""
-    arms = [arm for arm in data.arms if any(curve.points for curve in arm.curves)]
+    """Training loss of every arm over tokens; None where no arm has a finite loss."""
+    arms = [arm for arm in data.arms if _finite_points(arm)]
     if not arms:
         return None
     title = "Training loss over tokens"
@@ -280,7 +281,9 @@ def _escaped(text: str) -> str:
 
 
 def _tick(value: float) -> str:
-    return f"{value / 1e6:g} M" if abs(value) >= 1e6 else f"{value / 1e3:g} k" if value else "0"
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:g} M"
+    return f"{value / 1e3:g} k" if abs(value) >= 1e3 else f"{value:g}"
 
 
 def _colour(number: int) -> str:
@@ -386,9 +389,10 @@ def _draw_differences(axes: Axes, group: Sequence[Comparison]) -> None:
 
 
 def _pair_label(item: Comparison) -> str:
+    seed = "" if item.seed is None else f", seed {item.seed}"
     if item.kind == "tuning":
-        return f"{item.subject}:\nafter \N{MINUS SIGN} before"
-    return f"{item.subject} \N{MINUS SIGN}\n{item.reference}"
+        return f"{item.subject}{seed}:\nafter \N{MINUS SIGN} before"
+    return f"{item.subject} \N{MINUS SIGN}\n{item.reference}{seed}"
 
 
 def _draw_memory(axes: Axes, arms: Sequence[ArmReport], parts: Sequence[str]) -> None:
@@ -455,10 +459,12 @@ def _label_cells(axes: Axes, labels: Sequence[str], *, vertical: bool) -> None:
         axes.set_xticks(places, list(labels[::step]))
 
 
+def _finite_points(arm: ArmReport) -> list[CurvePoint]:
+    return [point for curve in arm.curves for point in curve.points if point.loss is not None]
+
+
 def _curve_in_words(arm: ArmReport) -> str:
-    finite = [point for curve in arm.curves for point in curve.points if point.loss is not None]
-    if not finite:
-        return f"{arm.label}: no finite loss"
+    finite = _finite_points(arm)
     first, last = finite[0], finite[-1]
     return (
         f"{arm.label}: from {first.loss:.3f} to {last.loss:.3f} after {short(last.tokens)} tokens"

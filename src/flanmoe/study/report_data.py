@@ -284,8 +284,9 @@ class Comparison(Config):
     """A paired difference: subject minus reference, example by example.
 
     Attributes:
-        subject, reference: what is compared, e.g. `sparse` and `dense`.
-        kind: `arms` compares two arms after tuning, `tuning` one arm after and before.
+        subject, reference: labels of the arms that are compared, e.g. `sparse` and `dense`.
+        kind: `arms` compares two arms after tuning, `tuning` one arm (named twice) after and before.
+        seed: the seed that both ran with, None where the study has only one.
         metric: what was measured on every example.
         mean: mean difference.
         standard_error: of the mean, None where one example is all there is.
@@ -297,6 +298,7 @@ class Comparison(Config):
     subject: str
     reference: str
     kind: Literal["arms", "tuning"] = "arms"
+    seed: int | None = None
     metric: Metric = "loss"
     mean: float
     standard_error: float | None = None

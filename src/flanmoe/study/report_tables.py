@@ -118,7 +118,7 @@ def _summary_note(data: ReportData) -> str:
     evaluations = [
         evaluation for arm in data.arms for evaluation in (arm.before, arm.after) if evaluation
     ]
-    sentences = []
+    sentences = [f"{arm.label}: {arm.description}." for arm in data.arms if arm.description]
     if evaluations:
         counts = listed(list(dict.fromkeys(evaluated_examples(item) for item in evaluations)))
         sentences.append(
@@ -153,6 +153,7 @@ def _comparisons(data: ReportData) -> Section:
             f"{difference_text(item, item.low)} to {difference_text(item, item.high)}",
             f"{100 * item.confidence:g} %",
             exact(item.num_examples),
+            "" if item.seed is None else str(item.seed),
             item.verdict,
         )
         for item in data.comparisons
@@ -166,6 +167,7 @@ def _comparisons(data: ReportData) -> Section:
         "interval",
         "level",
         "n",
+        "seed",
         "verdict",
     )
     return Section("Paired differences", (TextTable(header, rows),))

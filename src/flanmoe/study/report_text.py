@@ -144,7 +144,7 @@ def verdict(data: ReportData) -> str:
 
 def limits(data: ReportData) -> tuple[str, ...]:
     """What the run cannot show: the sentences that follow from the data, then those that it brings."""
-    found = [_scale_limit(data), *_seed_limit(data), *_interval_limit(data), *_seen_limit(data)]
+    found = [*_scale_limit(data), *_seed_limit(data), *_interval_limit(data), *_seen_limit(data)]
     return (*found, *_compute_limits(data), *data.limits)
 
 
@@ -171,7 +171,8 @@ def _sides(comparison: Comparison) -> tuple[str, str]:
 def _sample(comparison: Comparison) -> str:
     error = comparison.standard_error
     text = "" if error is None else f"standard error {_error_text(comparison, error)}, "
-    return f"{text}n = {exact(comparison.num_examples)}"
+    seed = "" if comparison.seed is None else f", seed {comparison.seed}"
+    return f"{text}n = {exact(comparison.num_examples)}{seed}"
 
 
 def _error_text(comparison: Comparison, error: float) -> str:
@@ -179,10 +180,12 @@ def _error_text(comparison: Comparison, error: float) -> str:
 
 
 def _finding(comparison: Comparison) -> str:
+    seed = "" if comparison.seed is None else f"seed {comparison.seed}"
     if comparison.verdict == "unclear":
-        return f"no measurable difference in {comparison.metric}"
+        return f"no measurable difference in {comparison.metric}" + (f" ({seed})" if seed else "")
     direction = "lower" if comparison.mean < 0 else "higher"
-    return f"a {comparison.verdict} {comparison.metric} ({_amount(comparison)} {direction})"
+    details = f"{_amount(comparison)} {direction}" + (f", {seed}" if seed else "")
+    return f"a {comparison.verdict} {comparison.metric} ({details})"
 
 
 def _pair_sentence(
@@ -219,13 +222,15 @@ def peak_memory(arm: ArmReport) -> int:
     return measured or arm.ledger.peak_memory_bytes
 
 
-def _scale_limit(data: ReportData) -> str:
+def _scale_limit(data: ReportData) -> list[str]:
     largest = max(arm.parameters.total for arm in data.arms)
     tokens = max(arm.ledger.real_tokens for arm in data.arms)
-    return (
+    if not largest or not tokens:
+        return []
+    return [
         f"This is {short(largest)} parameters at most, tuned on {short(tokens)} tokens: what holds here need "
         "not hold for larger models, more data or longer training."
-    )
+    ]
 
 
 def _seed_limit(data: ReportData) -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from flanmoe.core import files
 from flanmoe.core.config import Config
@@ -88,7 +89,7 @@ def writing(folder: Path, *, step: int, is_writer: bool = True) -> Generator[Pat
     """
     final = folder / f"checkpoint-{step}"
     partial = folder / f"{final.name}{_PARTIAL}"
-    with files.disk_errors(final):
+    with files.disk_errors(final), _no_progress_bars():
         partial.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
@@ -118,7 +119,8 @@ def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     Raises:
         RunError: if the checkpoint is of a model of another shape.
     """
-    saved = type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
+    with _no_progress_bars():
+        saved = type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
     own = model.state_dict()
     different = sorted(
         name
@@ -131,6 +133,18 @@ def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
             f"{len(different)} tensors differ, the first is {different[0]}. Start a new run."
         )
     model.load_state_dict(saved)
+
+
+@contextmanager
+def _no_progress_bars() -> Generator[None]:
+    """Keep the bars of saving and loading from breaking up the one of training."""
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def _close(partial: Path, *, step: int) -> None:

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -187,7 +188,7 @@ class SparseTrainer(Trainer):
         Raises:
             DataError: if the stream ends, or no token of the step enters the loss.
         """
-        batches = [batch for batch, _ in zip(epoch_iterator, range(num_batches), strict=False)]
+        batches = list(islice(epoch_iterator, num_batches))
         if len(batches) < num_batches:
             raise DataError(
                 f"Training needs {num_batches} micro-batches for each step, but the data ended "

@@ -97,7 +97,7 @@ def test_a_chain_of_thought_needs_a_rationale() -> None:
 
 
 def test_an_unknown_renderer_gets_the_nearest_name() -> None:
-    with pytest.raises(ConfigError, match="Did you mean `direct`?"):
+    with pytest.raises(ConfigError, match=r"Did you mean `direct`\?"):
         renderer_named("dirct")
     assert list(renderers) == ["chain_of_thought.v1", "direct.v1", "instruction.v1"]
 

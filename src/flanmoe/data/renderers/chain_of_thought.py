@@ -26,8 +26,8 @@ def render_chain_of_thought(example: Example) -> Exchange:
     if not example.rationales:
         raise DataError(
             f"The renderer `chain_of_thought` needs a rationale, but example `{example.key}` has "
-            "none. "
-            "Set `renderer: auto` for the task, which falls back to `direct` or `instruction`."
+            "none. Set `renderer: auto` for the task, which falls back to `direct` or "
+            "`instruction`."
         )
     user = fill(_USER, question=question_text(example))
     response = fill(_RESPONSE, rationale=example.rationales[0], answer=answer_text(example))

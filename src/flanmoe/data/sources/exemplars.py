@@ -92,14 +92,18 @@ def exemplar_source(name: str) -> Exemplars:
     if name in index.repeated:
         raise DataError(
             f"The exemplars of `{name}` are the same as those of `{index.repeated[name]}` and "
-            "count once. "
-            f"Use `{index.repeated[name]}`."
+            f"count once. Use `{index.repeated[name]}`."
         )
-    families = sorted({f"{PREFIX}{family.name}/*" for family in FAMILIES})
     raise DataError(
-        f"There is no exemplar task `{name}`.{nearest_name_hint(name, index.tasks)} "
-        f"Families: {listing(families)}."
+        f"There is no exemplar task `{name}`.{nearest_name_hint(name, index.tasks)} Families: "
+        f"{listing(exemplar_families())}."
     )
+
+
+def exemplar_families() -> list[str]:
+    """Return `exemplars/family/*` for every family of several tasks, and the names of single tasks."""
+    parts = [name.split("/") for name in exemplar_index().tasks]
+    return sorted({f"{PREFIX}{part[1]}" + ("/*" if len(part) > 2 else "") for part in parts})
 
 
 @cache
@@ -156,8 +160,8 @@ def _tasks_folder() -> Path:
     locations = found.submodule_search_locations if found else None
     if not locations:
         raise DataError(
-            "Exemplar tasks need the package `lm-eval`, which is not installed. "
-            "Run `pip install lm-eval`."
+            "Exemplar tasks need the package `lm-eval`, which is not installed. Run `pip install "
+            "lm-eval`."
         )
     return Path(next(iter(locations))) / "tasks"
 

@@ -115,9 +115,8 @@ def _split_source(folder: Path, name: str, split: str) -> Source:
     if not present:
         splits = list(splits_of(folder))
         raise DataError(
-            f"`{name}` has no split `{split}`.{nearest_name_hint(split, splits)} "
-            f"Its folder {folder} holds "
-            f"{listing(splits) or 'no .jsonl, .jsonl.gz or .parquet file'}."
+            f"`{name}` has no split `{split}`.{nearest_name_hint(split, splits)} Its folder "
+            f"{folder} holds {listing(splits) or 'no .jsonl, .jsonl.gz or .parquet file'}."
         )
     return _file_source(present[0], name)
 
@@ -135,12 +134,10 @@ def _unknown(name: str, folder: Path | None) -> str:
     if folder is None:
         return (
             f"The task `{name}` is not known.{hint} No data folder is set: give one with "
-            "`--data-dir` or "
-            f"{DATA_VARIABLE}, or name an exemplar task, a file, or a data set on the hub "
-            "(`owner/name`)."
+            f"`--data-dir` or {DATA_VARIABLE}, or name an exemplar task, a file, or a data set on "
+            "the hub (`owner/name`)."
         )
     return (
         f"The task `{name}` is not known.{hint} The data folder {folder} has no folder of that "
-        "name, and "
-        "it is no exemplar task, file, or data set on the hub (`owner/name`)."
+        "name, and it is no exemplar task, file, or data set on the hub (`owner/name`)."
     )

@@ -59,9 +59,7 @@ def _load(identifier: str, split: str, subset: str | None) -> Any:
     except (OSError, ValueError, DatasetsError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise DataError(
-            f"The data set `{identifier}` (split `{split}`) cannot be loaded from the Hugging Face "
-            "hub: "
-            f"{reason}. Check the id, the split and the connection, or put the rows into a data "
-            "folder "
-            f"as {identifier.rpartition('/')[2]}/{split}.jsonl and name that."
+            f"The data set `{identifier}` (split `{split}`) cannot be loaded from the Hugging "
+            f"Face hub: {reason}. Check the id, the split and the connection, or put the rows "
+            f"into a data folder as {identifier.rpartition('/')[2]}/{split}.jsonl and name that."
         ) from error

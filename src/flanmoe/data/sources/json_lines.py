@@ -5,8 +5,9 @@ import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from flanmoe.core.errors import DataError
 from flanmoe.data.sources.base import Locator, Row, as_mapping, is_evaluation_only
@@ -22,8 +23,8 @@ class JsonLines:
 
     @property
     def evaluation_only(self) -> bool:
-        """True where the file or a folder above it is named like a set for evaluation only."""
-        return is_evaluation_only(str(self.path))
+        """True where the file or its folder is named like a set for evaluation only."""
+        return is_evaluation_only(f"{self.path.parent.name}/{self.path.name}")
 
     def rows(self) -> Iterator[tuple[Locator, Row]]:
         """Yield the objects of the file, one line in memory at a time.
@@ -49,20 +50,19 @@ class JsonLines:
                         yield number, line
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise DataError(
-                f"{self.path}:{number + 1}: the gzip stream is broken ({error}). "
-                "Copy the file again, or write it again with gzip."
+                f"{self.path}:{number + 1}: the gzip stream is broken ({error}). Copy the file "
+                "again, or write it again with gzip."
             ) from error
         except OSError as error:
             raise DataError(
                 f"The file {self.path} cannot be read: {error.strerror or error}. Check the path "
-                "and "
-                "its permissions."
+                "and its permissions."
             ) from error
 
 
-def _opened(path: Path) -> BinaryIO:
+def _opened(path: Path) -> BufferedIOBase:
     if path.suffix == ".gz":
-        return cast("BinaryIO", gzip.open(path, "rb"))
+        return gzip.open(path, "rb")
     return path.open("rb")
 
 
@@ -76,8 +76,8 @@ def _parsed(line: bytes, locator: Locator) -> Row:
         ) from error
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{locator}: the line is not valid JSON ({error.msg}, column {error.colno}). "
-            "Each line must hold one JSON object."
+            f"{locator}: the line is not valid JSON ({error.msg}, column {error.colno}). Each "
+            "line must hold one JSON object."
         ) from error
     row = as_mapping(value)
     if row is None:

@@ -25,8 +25,8 @@ class Parquet:
 
     @property
     def evaluation_only(self) -> bool:
-        """True where the file or a folder above it is named like a set for evaluation only."""
-        return is_evaluation_only(str(self.path))
+        """True where the file or its folder is named like a set for evaluation only."""
+        return is_evaluation_only(f"{self.path.parent.name}/{self.path.name}")
 
     def rows(self) -> Iterator[tuple[Locator, Row]]:
         """Yield the rows as mappings of column names to Python values.
@@ -54,6 +54,5 @@ class Parquet:
     def _unreadable(self, error: Exception) -> DataError:
         return DataError(
             f"The file {self.path} cannot be read as parquet: {error}. Check the path, and that "
-            "the "
-            "file was copied whole."
+            "the file was copied whole."
         )

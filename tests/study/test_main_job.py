@@ -1,0 +1,250 @@
+"""The main job on a tiny model, through the command line: run, kill, resume, report, and what goes wrong."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from flanmoe.core.errors import RunError
+from flanmoe.study.executor import Job
+from flanmoe.study.runner import run_arm, run_study
+from flanmoe.study.study import Study, study_from_mapping
+from flanmoe.testing.tiny_models import tiny_model, tiny_tokenizer
+
+STEPS = 6
+
+
+class SameProcess:
+    """Runs jobs in the process of the test."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+
+    def run(self, job: Job) -> None:
+        """Run one job here."""
+        self.jobs.append(job)
+        run_arm(job)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny dense model with its tokenizer, saved."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def task_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small sums as a JSON-lines file."""
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    draws = random.Random(0)
+    pairs = [(draws.randrange(10), draws.randrange(10)) for _ in range(40)]
+    rows = [{"question": f"{a}+{b}?", "answer": str(a + b)} for a, b in pairs]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def values(base: Path, task_file: Path) -> dict[str, Any]:
+    """A study of two arms that takes a few seconds."""
+    return {
+        "name": "tiny",
+        "model": str(base),
+        "defaults": {
+            "upcycle": {"num_experts": 4, "top_k": 2, "mode": "granular", "granularity": 2},
+            "tune": {
+                "data": {"tasks": [{"name": str(task_file)}]},
+                "packing": {"length": 64, "window": 8},
+                "train": {
+                    "length": 64,
+                    "steps": STEPS,
+                    "rows_per_step": 2,
+                    "learning_rate": 1e-3,
+                    "checkpoint_every_steps": 2,
+                    "router": {"scope": "lagged"},
+                },
+            },
+            "evaluate": {
+                "tasks": ["exemplars/bbh/snarks", "exemplars/mmlu_cot/anatomy"],
+                "limit": 4,
+            },
+        },
+        "arms": {
+            "dense": {
+                "stages": [
+                    {"stage": "evaluate", "label": "before"},
+                    {"stage": "tune"},
+                    {"stage": "evaluate", "label": "after"},
+                ]
+            },
+            "sparse": {
+                "stages": [
+                    {"stage": "upcycle"},
+                    {"stage": "evaluate", "label": "before"},
+                    {"stage": "tune"},
+                    {"stage": "evaluate", "label": "after"},
+                ]
+            },
+        },
+    }
+
+
+@pytest.fixture
+def study_file(values: dict[str, Any], tmp_path: Path) -> Path:
+    """The study as a file."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def flanmoe(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    """Run the command and wait for it."""
+    command = [sys.executable, "-m", "flanmoe", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def weights(folder: Path, arm: str) -> dict[str, torch.Tensor]:
+    """Read the tensors of an arm's last model."""
+    (path,) = folder.glob(f"arms/{arm}/seed-0/*-tune/model/model.safetensors")
+    return load_file(path)
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    """Compare every tensor of both arms to the bit."""
+    for arm in ("dense", "sparse"):
+        one, other = weights(first, arm), weights(second, arm)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_a_study_runs_reports_and_answers_in_json(study_file: Path, tmp_path: Path) -> None:
+    result = flanmoe("run", study_file, "--out", tmp_path / "out", "--json")
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["step0_max_abs_diff"] < 1e-3
+    for arm in ("dense", "sparse"):
+        assert answer["arms"][arm]["before"]["loss"] > answer["arms"][arm]["after"]["loss"]
+    # Before tuning both arms are the same function.
+    before = [answer["arms"][arm]["before"]["loss"] for arm in ("dense", "sparse")]
+    assert before[0] == pytest.approx(before[1], abs=1e-4)
+    assert answer["arms"]["dense"]["tokens"] == answer["arms"]["sparse"]["tokens"] > 0
+    assert [sum(row) for row in answer["expert_load"]] == pytest.approx([1.0, 1.0])
+    assert answer["parameters"]["sparse"]["total"] > answer["parameters"]["dense"]["total"]
+    for name in ("report.html", "report.md", "report.json", "recipe.yaml", "versions.json"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+
+    planned = json.loads(flanmoe("plan", study_file, "--json").stdout)
+    for arm in ("dense", "sparse"):
+        assert planned["arms"][arm]["parameters"] == answer["parameters"][arm]
+
+    again = flanmoe("report", tmp_path / "out", "--json")
+    assert json.loads(again.stdout)["arms"] == answer["arms"]
+
+
+@pytest.mark.slow
+def test_both_arms_are_tuned_on_the_same_rows(values: dict[str, Any], tmp_path: Path) -> None:
+    study = study_from_mapping(values)
+    run_study(study, tmp_path / "out", executor=SameProcess(), data_dir=None, resume=False)
+    logs = [
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted((tmp_path / "out").glob("arms/*/seed-0/*-tune/metrics.jsonl"))
+    ]
+    assert [row["tokens"] for row in logs[0]] == [row["tokens"] for row in logs[1]]
+    # The first step's loss is taken before any update, where both arms are the same function.
+    first = [rows[0]["loss/cross_entropy"] for rows in logs]
+    assert first[0] == pytest.approx(first[1], abs=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "ctrl-c"])
+def test_stopped_and_resumed_equals_uninterrupted(
+    how: signal.Signals, study_file: Path, tmp_path: Path
+) -> None:
+    whole = flanmoe("run", study_file, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    out = tmp_path / "stopped"
+    command = [sys.executable, "-m", "flanmoe", "run", str(study_file), "--out", str(out)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        _wait_for(out / "arms/sparse/seed-0/02-tune/metrics.jsonl", process)
+        os.kill(process.pid, how)
+        process.wait(timeout=120)
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+    _wait_until_quiet(out)
+    resumed = flanmoe("run", study_file, "--out", out, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Arm dense, seed 0: finished before." in resumed.stderr
+    assert_same_weights(tmp_path / "whole", out)
+
+
+def _wait_for(path: Path, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _wait_until_quiet(folder: Path) -> None:
+    """Wait until the worker, which notices that its parent is gone, has stopped writing."""
+    while True:
+        before = [(path, path.stat().st_mtime_ns) for path in sorted(folder.rglob("*"))]
+        time.sleep(4)
+        if before == [(path, path.stat().st_mtime_ns) for path in sorted(folder.rglob("*"))]:
+            return
+
+
+def test_resume_is_refused_in_an_empty_and_in_a_foreign_folder(
+    study_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    result = flanmoe("run", study_file, "--out", tmp_path / "empty", "--resume")
+    assert result.returncode == 2
+    assert "`--resume` needs a folder that an earlier run wrote" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_folder_of_another_recipe_is_foreign(values: dict[str, Any], tmp_path: Path) -> None:
+    study = study_from_mapping(values)
+    (tmp_path / "out").mkdir()
+    nothing = Study.model_copy(study)
+    run_study(
+        nothing.model_copy(update={"seeds": ()}),
+        tmp_path / "out",
+        executor=SameProcess(),
+        data_dir=None,
+        resume=False,
+    )
+    with pytest.raises(RunError, match="needs the recipe that"):
+        run_study(study, tmp_path / "out", executor=SameProcess(), data_dir=None, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("model=no/such/folder", "does not exist"),
+        ("defaults.tune.data.tasks=[no_such_task]", "no_such_task"),
+        ("defaults.tune.packing.length=128", "must be equal, but found 128 and 64"),
+        ("arms.sparse.stages.0.num_experts=5", "must be a multiple of"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_status_2(
+    change: str, sentence: str, study_file: Path, tmp_path: Path
+) -> None:
+    result = flanmoe("run", study_file, "--out", tmp_path / "out", "--set", change)
+    assert result.returncode == 2, result.stderr
+    assert sentence in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,174 @@
+"""Figures show the data at the right places, say it in words, and stay the same."""
+
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from flanmoe.study import plots
+from flanmoe.study.report_data import (
+    CurvePoint,
+    ExpertLoadReport,
+    LossCurve,
+    ReportData,
+)
+
+_SVG = "{http://www.w3.org/2000/svg}"
+
+
+def _texts(svg: str) -> list[str]:
+    return [element.text or "" for element in ElementTree.fromstring(svg).iter(f"{_SVG}text")]
+
+
+def _named(drawings: tuple[plots.Drawing, ...]) -> dict[str, plots.Drawing]:
+    return {drawing.name: drawing for drawing in drawings}
+
+
+def test_every_figure_has_title_units_and_words(
+    two_arms_drawings: tuple[plots.Drawing, ...],
+) -> None:
+    labels = {
+        "loss-curves": ["real tokens trained on", "loss (nats per token)", "dense", "sparse"],
+        "scores": ["loss (nats per token), lower is better", "accuracy (%)", "chance"],
+        "differences": [
+            "loss (nats per token), left is better",
+            "accuracy (percentage points), right is better",
+        ],
+        "memory": ["memory (GiB)", "weights", "optimizer", "measured peak"],
+        "expert-load-1": ["expert", "layer", "load (times the even share)"],
+    }
+    drawn = _named(two_arms_drawings)
+    assert list(drawn) == list(labels)
+    for name, expected in labels.items():
+        drawing = drawn[name]
+        assert set(expected) <= set(_texts(drawing.svg))
+        root = ElementTree.fromstring(drawing.svg)
+        title, description = root.find(f"{_SVG}title"), root.find(f"{_SVG}desc")
+        assert title is not None
+        assert title.text == drawing.title
+        assert description is not None
+        assert description.text == drawing.alt
+        assert root.get("role") == "img"
+        assert drawing.caption
+
+
+def test_words_for_those_who_cannot_see_hold_the_main_values(
+    two_arms_drawings: tuple[plots.Drawing, ...],
+) -> None:
+    drawn = _named(two_arms_drawings)
+    assert "dense: before loss 1.912 ± 0.044 and accuracy 41.2 % ± 3.4" in drawn["scores"].alt
+    assert "sparse: estimate 7.15 GiB, measured 7.42 GiB" in drawn["memory"].alt
+    assert "30 layers of 8 experts; the even share is 12.5 %" in drawn["expert-load-1"].alt
+    assert "1 experts are unused" in drawn["expert-load-1"].alt
+    assert "after 127.2 k tokens" in drawn["loss-curves"].alt
+    assert "No evidence of a difference" in drawn["differences"].alt
+
+
+def test_figures_are_the_same_every_time(
+    two_arms: ReportData, two_arms_drawings: tuple[plots.Drawing, ...]
+) -> None:
+    assert plots.drawings(two_arms) == two_arms_drawings
+
+
+def test_figures_need_nothing_from_outside(two_arms_drawings: tuple[plots.Drawing, ...]) -> None:
+    for drawing in two_arms_drawings:
+        assert "<metadata" not in drawing.svg
+        assert "<!DOCTYPE" not in drawing.svg
+        for reference in re.findall(r'href="([^"]*)"', drawing.svg):
+            assert reference.startswith((f"#{drawing.name}-", "data:"))
+        ids = re.findall(r'\bid="([^"]*)"', drawing.svg)
+        assert len(ids) == len(set(ids))
+        assert all(name.startswith(drawing.name) for name in ids)
+
+
+def test_ink_follows_the_page_and_arms_differ_without_colour(
+    two_arms_drawings: tuple[plots.Drawing, ...],
+) -> None:
+    svg = _named(two_arms_drawings)["loss-curves"].svg
+    assert "var(--ink, #1f2328)" in svg
+    assert "var(--arm-0, #0f62a8)" in svg
+    assert "var(--arm-1, #c2410c)" in svg
+    assert "stroke-dasharray" in svg
+    assert not re.search(r"(?<!, )#1f2328", svg)
+
+
+def test_nothing_to_show_means_no_figure(one_dense_arm: ReportData) -> None:
+    assert list(_named(plots.drawings(one_dense_arm))) == ["loss-curves", "scores"]
+    assert "accuracy (%)" not in _texts(_named(plots.drawings(one_dense_arm))["scores"].svg)
+    arm = one_dense_arm.arms[0].model_copy(update={"curves": (), "after": None})
+    assert plots.drawings(one_dense_arm.model_copy(update={"arms": (arm,)})) == ()
+
+
+def _with_load(data: ReportData, shares: tuple[tuple[float, ...], ...]) -> plots.Drawing:
+    load = ExpertLoadReport(layers=tuple(range(len(shares))), shares=shares)
+    arm = data.arms[0].model_copy(update={"expert_load": load})
+    drawing = plots.expert_load(data.model_copy(update={"arms": (arm,)}), 0)
+    assert drawing is not None
+    return drawing
+
+
+def _markers(svg: str, colour: str) -> int:
+    return len(re.findall(rf"<use [^>]*{colour}", svg))
+
+
+def test_overloaded_and_unused_experts_are_marked(one_dense_arm: ReportData) -> None:
+    drawing = _with_load(one_dense_arm, ((0.5, 0.5, 0.0, 0.0), (0.25, 0.25, 0.25, 0.25)))
+    assert _markers(drawing.svg, "#fffffe") == 2
+    assert _markers(drawing.svg, "#1f2329") == 2
+    even = _with_load(one_dense_arm, ((0.25, 0.25, 0.25, 0.25),))
+    assert _markers(even.svg, "#fffffe") == _markers(even.svg, "#1f2329") == 0
+
+
+def test_darker_means_busier(one_dense_arm: ReportData) -> None:
+    svg = _with_load(one_dense_arm, ((0.05, 0.15, 0.3, 0.5),)).svg
+    mesh = svg[svg.index("QuadMesh") :]
+    fills = re.findall(r"fill: (#[0-9a-f]{6})", mesh)[:4]
+    brightness = [
+        sum(int(colour[start : start + 2], 16) for start in (1, 3, 5)) for colour in fills
+    ]
+    assert brightness == sorted(brightness, reverse=True)
+    assert len(set(brightness)) == 4
+
+
+def test_steps_without_a_finite_loss_leave_a_gap_not_a_crash(one_dense_arm: ReportData) -> None:
+    points = tuple(
+        CurvePoint(tokens=100 * step, loss=float("nan") if step > 3 else 2.0 - 0.1 * step)
+        for step in range(1, 8)
+    )
+    arm = one_dense_arm.arms[0].model_copy(update={"curves": (LossCurve(seed=0, points=points),)})
+    drawing = plots.loss_curves(one_dense_arm.model_copy(update={"arms": (arm,)}))
+    assert drawing is not None
+    assert "from 1.900 to 1.700 after 300 tokens" in drawing.alt
+    assert "nan" not in drawing.svg.lower()
+    assert len(_heights(drawing.svg)) == 3
+
+
+def _heights(svg: str) -> set[str]:
+    """Vertical positions of all points of all lines inside the axes."""
+    lines = re.findall(r'<path d="([^"]*)" clip-path[^>]*var\(--arm', svg)
+    return {height for line in lines for height in re.findall(r"[ML] [\d.]+ ([\d.]+)", line)}
+
+
+@pytest.mark.parametrize("num_steps", [2, 40, 41, 300])
+def test_a_constant_loss_is_a_level_line(one_dense_arm: ReportData, num_steps: int) -> None:
+    points = tuple(CurvePoint(tokens=step + 1, loss=3.0) for step in range(num_steps))
+    arm = one_dense_arm.arms[0].model_copy(update={"curves": (LossCurve(seed=0, points=points),)})
+    drawing = plots.loss_curves(one_dense_arm.model_copy(update={"arms": (arm,)}))
+    assert drawing is not None
+    # No edge effect of the running mean pulls the ends towards zero.
+    assert len(_heights(drawing.svg)) == 1
+
+
+def test_an_interval_of_width_zero_still_has_an_axis(two_arms: ReportData) -> None:
+    item = two_arms.comparisons[0].model_copy(update={"mean": 0.0, "low": 0.0, "high": 0.0})
+    drawing = plots.paired_differences(two_arms.model_copy(update={"comparisons": (item,)}))
+    assert drawing is not None
+    assert "No evidence of a difference" in drawing.alt
+
+
+def test_more_arms_than_styles(two_arms: ReportData) -> None:
+    arms = tuple(
+        two_arms.arms[1].model_copy(update={"label": f"arm{number}"}) for number in range(8)
+    )
+    drawn = _named(plots.drawings(two_arms.model_copy(update={"arms": arms, "baseline": ""})))
+    assert {f"arm{number}" for number in range(8)} <= set(_texts(drawn["loss-curves"].svg))

@@ -1,0 +1,263 @@
+"""Sentences follow from intervals, and formats keep their meaning."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from flanmoe.study.report_data import (
+    Comparison,
+    Evaluation,
+    ExpertLoadReport,
+    Memory,
+    Metric,
+    ReportData,
+    Score,
+    TaskScore,
+)
+from flanmoe.study.report_text import (
+    accuracy_text,
+    claim_sentence,
+    duration,
+    limits,
+    listed,
+    loss_text,
+    short,
+    signed,
+    size,
+    verdict,
+)
+
+
+def _compared(low: float, high: float, *, metric: Metric = "loss") -> Comparison:
+    return Comparison(
+        subject="sparse",
+        reference="dense",
+        metric=metric,
+        mean=(low + high) / 2,
+        standard_error=0.01,
+        low=low,
+        high=high,
+        num_examples=186,
+    )
+
+
+@pytest.mark.parametrize(
+    ("metric", "low", "high", "expected"),
+    [
+        ("loss", -0.03, -0.01, "better"),
+        ("loss", 0.01, 0.03, "worse"),
+        ("accuracy", 0.01, 0.03, "better"),
+        ("accuracy", -0.03, -0.01, "worse"),
+        ("loss", -0.01, 0.03, "unclear"),
+        ("accuracy", -0.03, 0.01, "unclear"),
+        ("loss", -0.03, 0.0, "unclear"),
+        ("loss", 0.0, 0.03, "unclear"),
+        ("loss", 0.0, 0.0, "unclear"),
+    ],
+)
+def test_only_an_interval_without_zero_decides(
+    metric: Metric, low: float, high: float, expected: str
+) -> None:
+    assert _compared(low, high, metric=metric).verdict == expected
+
+
+_bound = st.floats(-1, 1).map(lambda value: round(value, 4))
+
+
+@given(ends=st.tuples(_bound, _bound), metric=st.sampled_from(["loss", "accuracy"]))
+def test_a_sentence_says_better_or_worse_only_when_zero_is_excluded(
+    ends: tuple[float, float], metric: Metric
+) -> None:
+    low, high = sorted(ends)
+    sentence = claim_sentence(_compared(low, high, metric=metric))
+    decided = low > 0 or high < 0
+    assert sentence.startswith(("Better: ", "Worse: ")) == decided
+    assert sentence.startswith("No evidence of a difference: ") == (not decided)
+    assert ("lower" in sentence or "higher" in sentence) == decided
+
+
+def test_sentences_in_full() -> None:
+    assert claim_sentence(_compared(-0.0313, -0.0075)) == (
+        "Better: the loss of sparse after tuning is 0.0194 nats per token lower than that of dense "
+        "(95 % interval −0.0313 to −0.0075; standard error 0.0100, n = 186)."
+    )
+    assert claim_sentence(_compared(-0.04, -0.02, metric="accuracy")) == (
+        "Worse: the accuracy of sparse after tuning is 3.0 percentage points lower than that of dense "
+        "(95 % interval −4.0 to −2.0; standard error 1.0, n = 186)."
+    )
+    assert claim_sentence(_compared(-0.01, 0.03)) == (
+        "No evidence of a difference: the loss of sparse after tuning minus that of dense is +0.0100 nats "
+        "per token, and its interval includes zero "
+        "(95 % interval −0.0100 to +0.0300; standard error 0.0100, n = 186)."
+    )
+
+
+def test_the_verdict_comes_from_arms_and_names_the_cost(two_arms: ReportData) -> None:
+    assert verdict(two_arms) == (
+        "Against dense, sparse after tuning shows a better loss (0.0194 nats per token lower) and no "
+        "measurable difference in accuracy; it costs 1.00× the FLOPs per token, 2.25× the tuning time and "
+        "2.24× the peak memory."
+    )
+
+
+def test_without_two_arms_the_verdict_is_about_tuning(two_arms: ReportData) -> None:
+    tuning = tuple(item for item in two_arms.comparisons if item.kind == "tuning")[:1]
+    assert verdict(two_arms.model_copy(update={"comparisons": tuning})) == (
+        "After tuning, dense shows a better loss (0.2410 nats per token lower) against the same model "
+        "before it."
+    )
+
+
+def test_every_seed_is_named_in_the_verdict(two_arms: ReportData) -> None:
+    first = two_arms.comparisons[0].model_copy(update={"seed": 1})
+    second = first.model_copy(update={"seed": 2, "high": 0.01})
+    text = verdict(two_arms.model_copy(update={"comparisons": (first, second)}))
+    assert text.startswith(
+        "Against dense, sparse after tuning shows a better loss (0.0194 nats per token lower, seed 1) and no "
+        "measurable difference in loss (seed 2); it costs 1.00×"
+    )
+    assert claim_sentence(first).endswith("n = 186, seed 1).")
+
+
+def test_without_comparisons_nothing_is_claimed(one_dense_arm: ReportData) -> None:
+    assert verdict(one_dense_arm) == (
+        "No paired comparison was made, so this report claims no difference."
+    )
+
+
+def _about(sentences: tuple[str, ...], words: str) -> list[str]:
+    return [sentence for sentence in sentences if words in sentence]
+
+
+def test_limits_that_follow_from_the_data(two_arms: ReportData) -> None:
+    found = limits(two_arms)
+    assert _about(found, "373.2 M parameters at most, tuned on 127.2 k tokens")
+    assert _about(found, "Every arm ran with one seed")
+    assert _about(
+        found, "4 intervals are shown, uncorrected: if nothing differed at all, 0.2 of them"
+    )
+    assert _about(found, "17 of the examples that dense and sparse answered were seen in training")
+    assert not _about(found, "equal compute")
+    assert not _about(found, "equal data")
+
+
+def test_unequal_arms_are_called_unequal(two_arms: ReportData) -> None:
+    dense, sparse = two_arms.arms
+    heavier = sparse.model_copy(
+        update={
+            "flops": sparse.flops.model_copy(update={"body": 2 * sparse.flops.body}),
+            "ledger": sparse.ledger.model_copy(update={"real_tokens": 1000}),
+            "seeds": (0, 1),
+        }
+    )
+    found = limits(
+        two_arms.model_copy(update={"arms": (dense, heavier), "limits": ("Own words.",)})
+    )
+    assert _about(
+        found, "sparse spends 1.70× the FLOPs per token of dense: this is no comparison at equal"
+    )
+    assert _about(found, "sparse was tuned on 1,000 tokens, dense on 127,168")
+    assert not _about(found, "one seed")
+    assert found[-1] == "Own words."
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1.000 k"),
+        (127_168, "127.2 k"),
+        (999_960, "1.000 M"),
+        (134_515_008, "134.5 M"),
+        (1.193e14, "119.3 T"),
+        (2.5e21, "2500. E"),
+    ],
+)
+def test_short_counts(number: float, text: str) -> None:
+    assert short(number) == text
+
+
+@given(number=st.integers(1000, 10**18))
+def test_short_counts_are_right_to_four_digits(number: int) -> None:
+    value, suffix = short(number).split(" ")
+    factor = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}[suffix]
+    assert float(value) * factor == pytest.approx(number, rel=5.1e-4)
+    assert 1 <= float(value) < 1000
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (8.44, "8.4 s"),
+        (59.94, "59.9 s"),
+        (312.2, "5 min 12 s"),
+        (3599.7, "1 h 00 min"),
+        (7502, "2 h 05 min"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_sizes_and_signs() -> None:
+    assert size(int(7.42 * 2**30)) == "7.42 GiB"
+    assert size(3 * 2**20) == "3.0 MiB"
+    assert signed(-0.0213, 3) == "−0.021"
+    assert signed(0.0213, 3) == "+0.021"
+    assert signed(-0.00001, 3) == "0.000"
+
+
+def test_scores_with_and_without_errors() -> None:
+    assert loss_text(Score(mean=1.8424, standard_error=0.0312, num_examples=9)) == "1.842 ± 0.031"
+    assert loss_text(Score(mean=1.8424, num_examples=1)) == "1.842"
+    assert loss_text(Score(mean=float("nan"), num_examples=9)) == "not finite"
+    assert loss_text(None) == "not evaluated"
+    assert accuracy_text(Score(mean=0.413, standard_error=0.031, num_examples=9)) == "41.3 % ± 3.1"
+    assert accuracy_text(None) == "no choices"
+
+
+def test_lists_of_words() -> None:
+    assert [listed([]), listed(["a"]), listed(["a", "b"]), listed(["a", "b", "c"])] == [
+        "",
+        "a",
+        "a and b",
+        "a, b and c",
+    ]
+
+
+def test_an_interval_upside_down_is_refused() -> None:
+    with pytest.raises(
+        ValidationError, match=r"`low` must not lie above `high`, but found 1\.0 and -1\.0"
+    ):
+        _compared(1, -1)
+
+
+def test_expert_load_in_numbers() -> None:
+    load = ExpertLoadReport(layers=(1, 3), shares=((0.5, 0.5, 0.0, 0.0), (0.7, 0.1, 0.1, 0.1)))
+    assert load.max_over_mean == pytest.approx(2.8)
+    assert load.num_unused == 2
+
+
+@pytest.mark.parametrize(
+    ("layers", "shares"),
+    [((0,), ((0.5, 0.5), (1.0, 0.0))), ((0, 1), ((0.5, 0.5), (1.0,))), ((0,), ((),))],
+)
+def test_ragged_expert_load_is_refused(
+    layers: tuple[int, ...], shares: tuple[tuple[float, ...], ...]
+) -> None:
+    with pytest.raises(ValidationError, match="found"):
+        ExpertLoadReport(layers=layers, shares=shares)
+
+
+def test_memory_against_measurement() -> None:
+    memory = Memory(estimate={"weights": 60, "gradients": 50}, measured=100)
+    assert memory.relative_error == pytest.approx(0.1)
+    assert Memory(estimate={"weights": 60}).relative_error is None
+
+
+def test_seen_examples_add_up_over_tasks() -> None:
+    score = Score(mean=1.0, num_examples=5)
+    tasks = tuple(TaskScore(task=str(seen), loss=score, num_seen=seen) for seen in (2, 3))
+    assert Evaluation(loss=score, tasks=tasks).num_seen == 5
