@@ -5,7 +5,7 @@ decides; it is pure, and a row that no entry fits is an error that lists what is
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flanmoe.core.errors import DataError
@@ -75,9 +75,10 @@ def example_from_row(row: Row, locator: Locator) -> Example:
     metadata = {
         name: value for name, value in row.items() if name not in used and value is not None
     }
+    asked = Example(inputs=inputs, target="", key=key, metadata=metadata)
     if row.get("choices") is not None:
-        return _with_choices(row, inputs, locator, key=key, metadata=metadata)
-    return _with_target(row, shape, inputs, locator, key=key, metadata=metadata)
+        return _with_choices(asked, row, locator)
+    return _with_target(asked, row, shape, locator)
 
 
 def _refuse_images(row: Row, locator: Locator) -> None:
@@ -115,9 +116,7 @@ def _texts(row: Row, names: Sequence[str], locator: Locator) -> list[str]:
     return texts
 
 
-def _with_choices(
-    row: Row, inputs: str, locator: Locator, *, key: str, metadata: dict[str, Any]
-) -> Example:
+def _with_choices(asked: Example, row: Row, locator: Locator) -> Example:
     choices = _choice_texts(row["choices"], locator)
     label = row.get("label", row.get("answer"))
     if label is None:
@@ -135,14 +134,12 @@ def _with_choices(
             f"{locator}: label and answer contradict each other: choice {label} is "
             f"{choices[label]!r}, the answer {answer!r}."
         )
-    return Example(
-        inputs=inputs,
+    return replace(
+        asked,
         target=choices[label],
         choices=choices,
         label=label,
         rationales=_rationales(row, choices[label], label),
-        key=key,
-        metadata=metadata,
     )
 
 
@@ -161,10 +158,9 @@ def _choice_texts(value: Any, locator: Locator) -> tuple[str, ...]:
     return choices
 
 
-def _with_target(
-    row: Row, shape: Shape, inputs: str, locator: Locator, *, key: str, metadata: dict[str, Any]
-) -> Example:
+def _with_target(asked: Example, row: Row, shape: Shape, locator: Locator) -> Example:
     target, others = _target(row, shape, locator)
+    inputs, metadata = asked.inputs, dict(asked.metadata)
     if others:
         metadata["other_targets"] = others
     choices, label = (), None
@@ -175,13 +171,13 @@ def _with_target(
         elif label is not None:
             metadata.pop("options", None)
             target = choices[label]
-    return Example(
+    return replace(
+        asked,
         inputs=inputs,
         target=target,
         choices=choices,
         label=label,
         rationales=_rationales(row, target, label),
-        key=key,
         metadata=metadata,
     )
 

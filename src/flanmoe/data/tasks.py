@@ -222,8 +222,8 @@ def _without(names: Sequence[str], prefix: str, patterns: Sequence[str]) -> list
         if not matched:
             short = [name.removeprefix(prefix) for name in names]
             raise DataError(
-                f"The `exclude` pattern `{pattern}` matches no task below `{prefix}`.{nearest_name_hint(pattern, short)} "
-                f"Tasks: {listing(short)}."
+                f"The `exclude` pattern `{pattern}` matches no task below `{prefix}`."
+                f"{nearest_name_hint(pattern, short)} Tasks: {listing(short)}."
             )
         kept = [name for name in kept if name not in matched]
     return kept

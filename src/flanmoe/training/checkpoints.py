@@ -7,6 +7,7 @@ removed only after a newer one is complete. Its files are transformers' own (it 
 losses and what the callbacks have gathered.
 """
 
+import errno
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ CHECKPOINTS_FOLDER = "checkpoints"
 MARKER = "complete.json"
 _RUN_STATE = "run_state.json"
 _PARTIAL = ".partial"
+_NEARLY_NOTHING = 2**16
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -98,8 +100,12 @@ def writing(folder: Path, *, step: int, is_writer: bool = True) -> Generator[Pat
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(partial, final)
                 _flush(folder)
-        except Exception:
+        except Exception as error:
+            # torch.save speaks of an unexpected position when the disk is full, so we look.
+            is_full = shutil.disk_usage(folder).free < _NEARLY_NOTHING
             shutil.rmtree(partial, ignore_errors=True)
+            if is_full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             raise
 
 

@@ -101,7 +101,7 @@ def exemplar_source(name: str) -> Exemplars:
 
 
 def exemplar_families() -> list[str]:
-    """Return `exemplars/family/*` for every family of several tasks, and the names of single tasks."""
+    """Return `exemplars/family/*` for families of several tasks, the plain name for others."""
     parts = [name.split("/") for name in exemplar_index().tasks]
     return sorted({f"{PREFIX}{part[1]}" + ("/*" if len(part) > 2 else "") for part in parts})
 
