@@ -50,7 +50,9 @@ class Source(Protocol):
     """
 
     @property
-    def evaluation_only(self) -> bool: ...
+    def evaluation_only(self) -> bool:
+        """Whether the authors ask that nothing is trained on it."""
+        ...
 
     def rows(self) -> Iterator[tuple[Locator, Row]]:
         """Yield every row with the place where it stands.
