@@ -123,7 +123,10 @@ def real_rows(reference: str, length: int, rows: int) -> list[Batch]:
     config = MixtureConfig.parse({"tasks": ["exemplars/mmlu_cot/*"]})
     packing = PackingConfig(length=length)
     stream = PackedStream(
-        Mixture.load(config, data_dir=None, seeds=SeedTree(0)), load_tokenizer(reference), packing, SeedTree(0)
+        Mixture.load(config, data_dir=None, seeds=SeedTree(0)),
+        load_tokenizer(reference),
+        packing,
+        SeedTree(0),
     )
     return [collate([next(stream)]) for _ in range(rows)]
 

@@ -144,6 +144,29 @@ def test_autocast_computes_in_bfloat16_and_gives_float32_gradients() -> None:
     assert F.cosine_similarity(gradient.flatten(), expected.flatten(), dim=0) > 0.999
 
 
+def test_autocast_with_rounded_up_rows_equals_each_expert_by_itself() -> None:
+    # 300 tokens give every expert well over 32 rows and no multiple of 32.
+    hidden, expert_ids, gates, experts = _random_case(num_tokens=300)
+    counts = torch.bincount(expert_ids.flatten())
+    assert (counts > 32).all()
+    assert (counts % 32 != 0).any()
+    hidden.requires_grad_()
+    experts.down.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = expert_ffn(hidden, expert_ids, gates, experts)
+        alone = torch.zeros_like(output)
+        for expert in range(4):
+            product = F.linear(hidden, experts.gate_up[expert])
+            row = F.linear(experts.combine(product), experts.down[expert]).float()
+            alone = alone + row * (gates * (expert_ids == expert)).sum(1, keepdim=True)
+    torch.testing.assert_close(output, alone, rtol=1e-5, atol=1e-5)
+    leaves = [hidden, experts.down]
+    found = torch.autograd.grad(output.sum(), leaves)
+    expected = torch.autograd.grad(alone.sum(), leaves)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.05 * theirs.abs().mean().item())
+
+
 def test_a_token_does_not_depend_on_its_neighbours() -> None:
     hidden, expert_ids, gates, experts = _random_case(dtype=torch.float64)
     whole = expert_ffn(hidden, expert_ids, gates, experts)

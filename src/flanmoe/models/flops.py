@@ -48,8 +48,9 @@ def count_flops(
 ) -> FlopCount:
     """Count the forward operations of one token, averaged over a sequence of `context_length`.
 
-    Every weight matrix is used once for each token, an expert's by the share `top_k / num_experts` of them.
-    Scores are what a causal kernel has to compute; a kernel that fills the whole square does about twice that.
+    Every weight matrix is used once for each token, an expert's by the share `top_k / num_experts`
+    of them. Scores are what a causal kernel has to compute; a kernel that fills the whole square
+    does about twice that.
     """
     model = as_model(model_or_config)
     blocks = moe_blocks(model)

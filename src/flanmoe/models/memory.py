@@ -1,8 +1,9 @@
 """Memory of a training run, estimated from the module tree before anything is allocated.
 
-The estimate is for one process on the CPU: float32 weights and gradients, AdamW's two moments, matrix
-products in bfloat16 under autocast (or float32), no gradient checkpointing, gradients kept over several
-micro-batches. It adds up what is alive when a backward pass begins:
+The estimate is for one process on the CPU: float32 weights and gradients, AdamW's two moments,
+    matrix
+products in bfloat16 under autocast (or float32), no gradient checkpointing, gradients kept over
+several micro-batches. It adds up what is alive when a backward pass begins:
 
 - weights 4, gradients 4 and moments 8 bytes a parameter;
 - autocast's bfloat16 copies of all weight matrices, which the backward pass needs: 2 bytes each;
@@ -105,14 +106,18 @@ def saved_bytes_per_token(model: PreTrainedModel, precision: Precision) -> int:
 
     With c bytes a number in matrix products:
 
-    - every linear layer keeps its input, c * in. Autocast casts anew for each layer, so that queries, keys
+    - every linear layer keeps its input, c * in. Autocast casts anew for each layer, so that
+    queries, keys
       and values hold three copies; in float32 they share one.
-    - every norm of width D keeps its input and the normalised input, both float32: 8 * D.
-    - attention keeps queries, keys and values in all heads, and its output (which the output projection
+    - every norm of width D keeps its input and the normalised input, both float32: 8 * D. -
+    attention keeps queries, keys and values in all heads, and its output (which the output
+    projection
       shares): c * (2 * query width + value width).
-    - a gated FFN of width I keeps the gate, its activation and the up product: c * 3 * I (their product is
+    - a gated FFN of width I keeps the gate, its activation and the up product: c * 3 * I (their
+    product is
       the down projection's input, counted above).
-    - a sparse block keeps for each of the k visits the expert's input, the fused product, the activation
+    - a sparse block keeps for each of the k visits the expert's input, the fused product, the
+    activation
       and the input of the down matrix, c * (H + 4 * I), and the output in float32, 4 * H.
     """
     width = _COMPUTE_BYTES[precision]
@@ -151,5 +156,6 @@ def _norm_width(name: str, child: nn.Module) -> int:
 
 
 def _bytes_per_logit(precision: Precision) -> int:
-    # The logits as computed, their float32 copy, log-probabilities, and the gradient of the float32 ones.
+    # The logits as computed, their float32 copy, log-probabilities, and the gradient of the float32
+    # ones.
     return _COMPUTE_BYTES[precision] + 3 * _FLOAT32

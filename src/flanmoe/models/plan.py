@@ -1,5 +1,7 @@
 """What a model is and costs before it exists: parameters, FLOPs, memory of training."""
 
+from transformers import PreTrainedConfig, PreTrainedModel
+
 from flanmoe.core.config import Config
 from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.flops import FlopCount, count_flops
@@ -8,7 +10,6 @@ from flanmoe.models.memory import estimate_memory as estimate_memory
 from flanmoe.models.meta import as_model
 from flanmoe.models.meta import meta_model as meta_model
 from flanmoe.models.upcycle import sparse_config as sparse_config
-from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class ParameterCount(Config):
@@ -16,8 +17,8 @@ class ParameterCount(Config):
 
     Attributes:
         total: all of them.
-        active: those that one token meets: all but the experts that it does not visit. Shared experts,
-            routers and embeddings are active.
+        active: those that one token meets: all but the experts that it does not visit. Shared
+            experts, routers and embeddings are active.
         trainable: those that training would change.
     """
 

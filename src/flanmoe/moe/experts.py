@@ -7,11 +7,15 @@ adds nothing. That is how a dropped token, or an expert that lives on another ra
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+
+# Rows of an expert are rounded up to a multiple of this where kernels are compiled for each shape.
+_ROW_MULTIPLE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,15 @@ class FusedExperts:
     def num_experts(self) -> int:
         """Number of experts."""
         return self.gate_up.shape[0]
+
+
+class SingleExpert(NamedTuple):
+    """Views of one expert's matrices and biases."""
+
+    gate_up: Float[Tensor, "F H"]
+    down: Float[Tensor, "H I"]
+    gate_up_bias: Float[Tensor, " F"] | None
+    down_bias: Float[Tensor, " H"] | None
 
 
 def gated(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -86,23 +99,64 @@ def _run_sorted(
 ) -> Float[Tensor, "N H"]:
     """Run each expert on its consecutive rows; rows past the last expert's give zeros."""
     counts = _counts(flat_ids, experts.num_experts)
+    round_up = _compiles_per_shape(rows)
     parts: list[Tensor] = []
     start = 0
-    # One unbind: indexing a fused parameter inside autograd would allocate a gradient of its full
-    # size for every expert.
-    gate_ups, downs = experts.gate_up.unbind(), experts.down.unbind()
-    for expert, (gate_up, down) in enumerate(zip(gate_ups, downs, strict=True)):
+    for expert, single in enumerate(_unbound(experts)):
         if counts[expert] == 0:
             continue
-        product = F.linear(
-            rows[start : start + counts[expert]], gate_up, _row(experts.gate_up_bias, expert)
-        )
-        output = F.linear(experts.combine(product), down, _row(experts.down_bias, expert))
-        parts.append(output if experts.output_norm is None else experts.output_norm(output))
+        own = rows[start : start + counts[expert]]
+        if round_up and counts[expert] > _ROW_MULTIPLE:
+            own = F.pad(own, (0, 0, 0, -counts[expert] % _ROW_MULTIPLE))
+        parts.append(_one_expert(own, single, experts)[: counts[expert]])
         start += counts[expert]
     if start < rows.shape[0] or not parts:
         parts.append(torch.zeros_like(rows[start:], dtype=parts[0].dtype if parts else rows.dtype))
     return torch.cat(parts)
+
+
+def _compiles_per_shape(rows: Float[Tensor, "N H"]) -> bool:
+    """Say whether products run in oneDNN, as bfloat16 ones do on the CPU.
+
+    It compiles a kernel for every number of rows that it meets and keeps the last thousand. Experts
+    meet a
+    new number almost every time, so rows are rounded up there: measured on SmolLM2's size, a third
+        less
+    time and half a gigabyte less memory.
+    """
+    if rows.device.type != "cpu":
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return rows.dtype == torch.bfloat16
+
+
+def _unbound(experts: FusedExperts) -> list[SingleExpert]:
+    """Return views of every expert's matrices.
+
+    One unbind for each parameter: indexing it inside autograd would allocate a gradient of its full
+        size
+    for every expert.
+    """
+    none = (None,) * experts.num_experts
+    return [
+        SingleExpert(*matrices)
+        for matrices in zip(
+            experts.gate_up.unbind(),
+            experts.down.unbind(),
+            none if experts.gate_up_bias is None else experts.gate_up_bias.unbind(),
+            none if experts.down_bias is None else experts.down_bias.unbind(),
+            strict=True,
+        )
+    ]
+
+
+def _one_expert(
+    rows: Float[Tensor, "N H"], single: SingleExpert, experts: FusedExperts
+) -> Float[Tensor, "N H"]:
+    product = F.linear(rows, single.gate_up, single.gate_up_bias)
+    output = F.linear(experts.combine(product), single.down, single.down_bias)
+    return output if experts.output_norm is None else experts.output_norm(output)
 
 
 def _counts(flat_ids: Int[Tensor, " N"], num_experts: int) -> list[int]:
@@ -122,12 +176,12 @@ def expert_ffn_reference(
         for choice in range(expert_ids.shape[1]):
             expert = int(expert_ids[token, choice])
             if expert < experts.num_experts:
-                output = _one_expert(hidden[token], expert, experts)
+                output = _written_out(hidden[token], expert, experts)
                 rows[token] = rows[token] + gates[token, choice] * output
     return torch.stack(rows) if rows else torch.zeros_like(hidden)
 
 
-def _one_expert(
+def _written_out(
     token: Float[Tensor, " H"], expert: int, experts: FusedExperts
 ) -> Float[Tensor, " H"]:
     product = experts.gate_up[expert] @ token
@@ -137,7 +191,3 @@ def _one_expert(
     if experts.down_bias is not None:
         output = output + experts.down_bias[expert]
     return output if experts.output_norm is None else experts.output_norm(output)
-
-
-def _row(matrix: Float[Tensor, "E D"] | None, index: int) -> Float[Tensor, " D"] | None:
-    return None if matrix is None else matrix[index]

@@ -16,6 +16,7 @@ from flanmoe.core import files
 from flanmoe.core.errors import FlanmoeError, Interrupted, UserError
 
 ERROR_FILE = "error.json"
+_STDERR = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class LocalExecutor:
         # A session of its own: the terminal's Ctrl-C reaches only us, and the worker gets exactly one. The
         # pipe tells the worker when we are gone, so that a killed study leaves no orphan writing on.
         with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=sys.stderr.fileno(), start_new_session=True
+            command, stdin=subprocess.PIPE, stdout=_STDERR, start_new_session=True
         ) as worker:
             status = _wait(worker)
         if status != 0:

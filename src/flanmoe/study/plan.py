@@ -8,7 +8,11 @@ from pathlib import Path
 from rich.table import Table
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from flanmoe.core.cache import fingerprint
 from flanmoe.core.config import Config
+from flanmoe.core.seeds import SeedTree
+from flanmoe.data.mixture import Mixture
+from flanmoe.evaluation.suites import load_suite
 from flanmoe.models.flops import FlopCount, count_flops
 from flanmoe.models.loading import load_config
 from flanmoe.models.memory import MemoryEstimate, estimate_memory
@@ -74,7 +78,9 @@ def plan_study(study: Study, data_dir: Path | None, *, folder: Path | None = Non
 
     Raises:
         ModelError: if a model's configuration cannot be read, or cannot be upcycled as asked.
+        DataError: if a task is not known or cannot be read.
     """
+    _check_data(study, data_dir)
     precision = next(
         (
             stage.train.precision
@@ -93,6 +99,23 @@ def plan_study(study: Study, data_dir: Path | None, *, folder: Path | None = Non
         machine=machine,
         refusals=tuple(_refusals(arms, machine)),
     )
+
+
+def _check_data(study: Study, data_dir: Path | None) -> None:
+    """Read every task once: a mistake in the last one should not wait for the first to be trained."""
+    checked: set[str] = set()
+    for arm in study.arms.values():
+        for stage in arm.stages:
+            identity = fingerprint(stage.to_mapping())
+            if identity in checked:
+                continue
+            checked.add(identity)
+            if isinstance(stage, TuneStage):
+                Mixture.load(stage.data, seeds=SeedTree(0), data_dir=data_dir)
+            elif isinstance(stage, EvaluateStage):
+                tasks, _ = load_suite(stage, data_dir=data_dir)
+                for task in tasks:
+                    task.size  # noqa: B018 reading it is the check
 
 
 def _plan_arm(arm: Arm, machine: Machine) -> ArmPlan:
