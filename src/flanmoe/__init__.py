@@ -1,20 +1,65 @@
 """flanmoe: dense or sparse language models into instruction-tuned Mixture-of-Experts, with cost and worth.
 
-The names below are the public API. Each is imported when it is first asked for, so `import flanmoe` is
+The names below are the public ones. Each is imported when it is first asked for, so `import flanmoe` is
 quick and loads neither torch nor transformers.
 """
 
 import importlib
 import importlib.metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flanmoe.core.names import nearest_name_hint
 
-__version__ = importlib.metadata.version("flanmoe")
+if TYPE_CHECKING:
+    from flanmoe.core.config import Config as Config
+    from flanmoe.core.errors import FlanmoeError as FlanmoeError
+    from flanmoe.core.ledger import Ledger as Ledger
+    from flanmoe.core.rundir import RunDir as RunDir
+    from flanmoe.core.seeds import SeedTree as SeedTree
+    from flanmoe.data.example import Example as Example
+    from flanmoe.data.example import Packed as Packed
+    from flanmoe.data.example import Rendered as Rendered
+    from flanmoe.data.mixture import Mixture as Mixture
+    from flanmoe.data.mixture import MixtureConfig as MixtureConfig
+    from flanmoe.data.packing import PackingConfig as PackingConfig
+    from flanmoe.data.stream import PackedStream as PackedStream
+    from flanmoe.data.tasks import Task as Task
+    from flanmoe.data.tasks import TaskConfig as TaskConfig
+    from flanmoe.evaluation.comparison import compare as compare
+    from flanmoe.evaluation.suites import SuiteConfig as SuiteConfig
+    from flanmoe.evaluation.suites import evaluate_suite as evaluate_suite
+    from flanmoe.models.blocks import moe_blocks as moe_blocks
+    from flanmoe.models.flops import count_flops as count_flops
+    from flanmoe.models.loading import load_model as load_model
+    from flanmoe.models.loading import load_tokenizer as load_tokenizer
+    from flanmoe.models.memory import estimate_memory as estimate_memory
+    from flanmoe.models.plan import count_parameters as count_parameters
+    from flanmoe.models.upcycle import UpcycleConfig as UpcycleConfig
+    from flanmoe.models.upcycle import upcycle as upcycle
+    from flanmoe.moe.block import MoEBlock as MoEBlock
+    from flanmoe.moe.losses import balance_loss as balance_loss
+    from flanmoe.moe.losses import z_loss as z_loss
+    from flanmoe.moe.recorder import RoutingRecorder as RoutingRecorder
+    from flanmoe.moe.routing import Routing as Routing
+    from flanmoe.stages.recipe import EvaluateStage as EvaluateStage
+    from flanmoe.stages.recipe import Recipe as Recipe
+    from flanmoe.stages.recipe import TuneStage as TuneStage
+    from flanmoe.stages.recipe import UpcycleStage as UpcycleStage
+    from flanmoe.study.study import Study as Study
+    from flanmoe.study.study import load_study as load_study
+    from flanmoe.training.arguments import TuneConfig as TuneConfig
+    from flanmoe.training.router_losses import RouterLossConfig as RouterLossConfig
+    from flanmoe.training.trainer import SparseTrainer as SparseTrainer
+    from flanmoe.training.tune import tune as tune
 
-_PUBLIC = {
+    __version__: str
+
+# Where each public name lives; docs/index.md has the same table, and a test compares the two.
+_HOMES = {
+    "Config": "flanmoe.core.config",
     "EvaluateStage": "flanmoe.stages.recipe",
     "Example": "flanmoe.data.example",
+    "FlanmoeError": "flanmoe.core.errors",
     "Ledger": "flanmoe.core.ledger",
     "Mixture": "flanmoe.data.mixture",
     "MixtureConfig": "flanmoe.data.mixture",
@@ -53,13 +98,59 @@ _PUBLIC = {
     "z_loss": "flanmoe.moe.losses",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]
+__all__ = [
+    "Config",
+    "EvaluateStage",
+    "Example",
+    "FlanmoeError",
+    "Ledger",
+    "Mixture",
+    "MixtureConfig",
+    "MoEBlock",
+    "Packed",
+    "PackedStream",
+    "PackingConfig",
+    "Recipe",
+    "Rendered",
+    "RouterLossConfig",
+    "Routing",
+    "RoutingRecorder",
+    "RunDir",
+    "SeedTree",
+    "SparseTrainer",
+    "Study",
+    "SuiteConfig",
+    "Task",
+    "TaskConfig",
+    "TuneConfig",
+    "TuneStage",
+    "UpcycleConfig",
+    "UpcycleStage",
+    "__version__",
+    "balance_loss",
+    "compare",
+    "count_flops",
+    "count_parameters",
+    "estimate_memory",
+    "evaluate_suite",
+    "load_model",
+    "load_study",
+    "load_tokenizer",
+    "moe_blocks",
+    "tune",
+    "upcycle",
+    "z_loss",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"flanmoe has no `{name}`.{nearest_name_hint(name, _PUBLIC)}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name == "__version__":
+        return importlib.metadata.version("flanmoe")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    # Tools ask for dunder names and expect a plain refusal.
+    hint = "" if name.startswith("__") else nearest_name_hint(name, __all__)
+    raise AttributeError(f"flanmoe has no `{name}`.{hint}")
 
 
 def __dir__() -> list[str]:

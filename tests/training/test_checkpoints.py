@@ -32,6 +32,13 @@ def write(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"checkpoint-{step}"
 
 
+def fail(run: Path, error: Exception) -> None:
+    """Break off in the middle of writing the checkpoint of step 4."""
+    with writing(run / "checkpoints", step=4) as partial:
+        (partial / "weights").write_text("half")
+        raise error
+
+
 def names(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
@@ -97,9 +104,8 @@ def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_while_writing(tmp_path: Path, number: int) -> None:
     write(tmp_path, 2)
-    with pytest.raises(DiskError) as caught, writing(tmp_path / "checkpoints", step=4) as partial:
-        (partial / "weights").write_text("half")
-        raise OSError(number, os.strerror(number))
+    with pytest.raises(DiskError) as caught:
+        fail(tmp_path, OSError(number, os.strerror(number)))
     failed = tmp_path / "checkpoints" / "checkpoint-4"
     assert str(caught.value).startswith(
         f"Writing {failed} failed: [Errno {number}] {os.strerror(number)}. "
@@ -119,9 +125,8 @@ def test_a_full_disk_while_flushing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_other_errors_pass_through_and_leave_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), writing(tmp_path / "checkpoints", step=4) as partial:
-        (partial / "weights").write_text("half")
-        raise KeyError("unrelated")
+    with pytest.raises(KeyError):
+        fail(tmp_path, KeyError("unrelated"))
     assert names(tmp_path) == []
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from flanmoe.core.config import Config
 from flanmoe.models.blocks import moe_blocks
-from flanmoe.models.meta import as_model
+from flanmoe.models.meta import as_model, head_weight
 from flanmoe.moe.block import MoEBlock
 
 
@@ -39,7 +39,8 @@ class FlopCount(Config):
 
     @property
     def training(self) -> float:
-        """A training step's operations for one token: the backward pass costs two forward passes."""
+        """A training step's operations for one token: the backward pass costs two forward
+        passes."""
         return 3 * self.total
 
 
@@ -54,12 +55,15 @@ def count_flops(
     """
     model = as_model(model_or_config)
     blocks = moe_blocks(model)
-    head = model.get_output_embeddings().weight
+    head = head_weight(model)
+    not_in_body = {id(head)} | {
+        id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)
+    }
     experts = {id(p): b for b in blocks for p in b.experts.parameters(recurse=False)}
     body = sum(
         _matrix_flops(parameter, experts.get(id(parameter)))
         for parameter in model.parameters()
-        if id(parameter) not in _embeddings(model)
+        if id(parameter) not in not_in_body
     )
     router = sum(_matrix_flops(p, None) for b in blocks for p in b.router.parameters())
     return FlopCount(
@@ -69,11 +73,6 @@ def count_flops(
         head=2 * head.numel(),
         attention_scores=_attention_scores(model, context_length),
     )
-
-
-def _embeddings(model: PreTrainedModel) -> set[int]:
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    return {*tables, id(model.get_output_embeddings().weight)}
 
 
 def _matrix_flops(parameter: Float[Tensor, "..."], block: MoEBlock | None) -> int:

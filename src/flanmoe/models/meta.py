@@ -3,7 +3,11 @@
 import copy
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from flanmoe.core.errors import ModelError
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -20,3 +24,23 @@ def as_model(model_or_config: PreTrainedModel | PreTrainedConfig) -> PreTrainedM
     if isinstance(model_or_config, PreTrainedConfig):
         return meta_model(model_or_config)
     return model_or_config
+
+
+def head_weight(model: PreTrainedModel) -> Float[Tensor, "V H"]:
+    """Return the matrix that projects to the vocabulary.
+
+    Raises:
+        ModelError: if the model has no head.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ModelError(
+            f"A language model must have a head over its vocabulary, but {type(model).__name__} "
+            "has none. Load it with a causal language model class."
+        )
+    return head.get_parameter("weight")
+
+
+def embedding_weight(model: PreTrainedModel) -> Float[Tensor, "V H"]:
+    """Return the table of token embeddings; the head's matrix itself where the two are tied."""
+    return model.get_input_embeddings().get_parameter("weight")

@@ -115,7 +115,6 @@ def collect(study: Study, run: RunDir) -> ReportData:
         data=_data_report(study, tuned, arms),
         comparisons=tuple(_comparisons(study, arms)),
         notes=tuple(_notes(arms)),
-        limits=tuple(_limits(study, reports)),
     )
 
 
@@ -269,7 +268,7 @@ def _comparisons(study: Study, arms: Mapping[str, Sequence[SeedResults]]) -> "li
                 pair = (name + tag, study.baseline_arm + tag)
                 found += _paired(pair, "arms", (baseline, after), draws.child("arms"))
             if after and before:
-                pair = (f"{name} after{tag}", f"{name} before{tag}")
+                pair = (name + tag, name + tag)
                 found += _paired(pair, "tuning", (before, after), draws.child("tuning"))
     return sorted(found, key=lambda comparison: comparison.kind != "arms")
 
@@ -347,28 +346,13 @@ def _notes(arms: Mapping[str, Sequence[SeedResults]]) -> "list[str]":
         upcycled = seeds[0].upcycled
         if upcycled is not None:
             notes.append(
-                f"Before tuning, no logit of the upcycled arm `{name}` differed by more than "
+                f"Before tuning, no logit of the upcycled arm {name} differed by more than "
                 f"{upcycled.step0_max_abs_diff:.1e} from the dense model's on the probe text."
             )
         result = seeds[0].evaluation(after=True)
         for skipped in result.skipped if result else ():
-            notes.append(f"Task `{skipped.task}` was skipped: {skipped.reason}")
+            notes.append(f"Task {skipped.task} was skipped: {skipped.reason}")
     return notes
-
-
-def _limits(study: Study, arms: Sequence[ArmReport]) -> "list[str]":
-    limits = [
-        "One model of 135 million parameters and a few minutes of tuning say nothing about larger models "
-        "or longer tuning."
-        if max(arm.parameters.active for arm in arms) < 1e9
-        else "One base model says little about others.",
-    ]
-    if len(study.seeds) == 1:
-        limits.append(
-            "One seed: the intervals cover the choice of questions, not the luck of initialisation and data "
-            "order."
-        )
-    return limits
 
 
 def _hardware() -> Hardware:
