@@ -27,7 +27,7 @@ from flanmoe.core.errors import DataError
 from flanmoe.data.example import Rendered
 from flanmoe.data.packing import tokenize
 from flanmoe.data.tokenizer import Tokenizer
-from flanmoe.models.float32_routers import keep_routers_in_float32
+from flanmoe.models.router_precision import run_routers_outside_autocast
 
 Precision = Literal["float32", "bfloat16"]
 Tokens = tuple[int, ...]
@@ -124,7 +124,7 @@ def build_lm(
         precision: `bfloat16` computes matrix products under autocast; `float32` computes in the
             type of the weights. The softmax is float32 in either.
     """
-    keep_routers_in_float32(model)
+    run_routers_outside_autocast(model)
     with quiet_lm_eval():
         return HeldOutLM(model, tokenizer, batch_size=batch_size, precision=precision)
 

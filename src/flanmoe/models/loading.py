@@ -25,6 +25,7 @@ from flanmoe.core.names import nearest_name_hint
 from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.embedded import EMBEDDED_NAME, embedded_model_path
 from flanmoe.models.experts_interface import EXPERTS_IMPLEMENTATION
+from flanmoe.models.router_precision import run_routers_outside_autocast
 
 # What transformers and safetensors raise for files that are missing, torn, foreign or unreachable.
 _LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
@@ -70,7 +71,9 @@ def load_config(reference: str) -> PreTrainedConfig:
 
 
 def load_model(reference: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load a causal language model on the CPU, in evaluation mode; experts run flanmoe's compute.
+    """Load a causal language model on the CPU, in evaluation mode.
+
+    Experts run flanmoe's compute, and routers stay in float32 under autocast.
 
     Raises:
         ModelError: if it cannot be loaded, is not a causal language model, or its files lack
@@ -91,6 +94,7 @@ def load_model(reference: str, *, dtype: torch.dtype = torch.float32) -> PreTrai
         )
     if moe_blocks(model):
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+        run_routers_outside_autocast(model)
     return model.eval()
 
 

@@ -38,6 +38,7 @@ from flanmoe.core.seeds import SeedTree
 from flanmoe.models.blocks import require_moe_blocks
 from flanmoe.models.experts_interface import EXPERTS_IMPLEMENTATION
 from flanmoe.models.families import Family, Site, SparseShape, family_of
+from flanmoe.models.router_precision import run_routers_outside_autocast
 from flanmoe.moe.block import ExpertWeights, MoEBlock
 
 STEP0_TOLERANCE = 1e-3
@@ -157,6 +158,7 @@ def upcycle(dense: PreTrainedModel, config: UpcycleConfig, seeds: SeedTree) -> P
         _silence(sparse.get_submodule(block.name))
         _fill_router(block, config, seeds.child("router", block.layer))
         _fill_experts(block, sites[block.layer], config, seeds.child("experts", block.layer))
+    run_routers_outside_autocast(sparse)
     return sparse
 
 

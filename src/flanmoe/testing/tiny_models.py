@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flanmoe.core.names import listing, nearest_name_hint
 from flanmoe.models.experts_interface import EXPERTS_IMPLEMENTATION
+from flanmoe.models.router_precision import run_routers_outside_autocast
 
 VOCABULARY_SIZE = 128
 
@@ -99,7 +100,7 @@ SPARSE_NAMES = tuple(name for name in _MODELS if name not in DENSE_NAMES)
 def tiny_model(name: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """Build a tiny random causal language model in evaluation mode, float32, on the CPU.
 
-    Sparse models run flanmoe's expert compute, as loaded models do.
+    Sparse models run flanmoe's expert compute and float32 routers, as loaded models do.
 
     Args:
         name: transformers' model type, one of `DENSE_NAMES` or `SPARSE_NAMES`.
@@ -121,6 +122,7 @@ def tiny_model(name: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel
         _disturb_vectors(model)
     if name in SPARSE_NAMES:
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+        run_routers_outside_autocast(model)
     return model.eval()
 
 

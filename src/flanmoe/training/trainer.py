@@ -32,7 +32,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from flanmoe.core.errors import ConfigError, DataError, FlanmoeError
 from flanmoe.models.blocks import moe_blocks
-from flanmoe.models.float32_routers import keep_routers_in_float32
+from flanmoe.models.router_precision import run_routers_outside_autocast
 from flanmoe.moe.recorder import RoutingRecorder
 from flanmoe.moe.routing import Routing
 from flanmoe.training import checkpoints
@@ -136,7 +136,7 @@ class SparseTrainer(Trainer):
         self.stream = stream
         self.router_config = router or RouterLossConfig()
         self.blocks = moe_blocks(model)
-        keep_routers_in_float32(model)
+        run_routers_outside_autocast(model)
         self.scope = balance_scope(self.router_config, self.blocks)
         self.step_callbacks = tuple(callbacks)
         self.keep_checkpoints = keep_checkpoints

@@ -5,7 +5,7 @@ import torch
 
 from flanmoe.core.seeds import SeedTree
 from flanmoe.models.blocks import moe_blocks
-from flanmoe.models.float32_routers import keep_routers_in_float32
+from flanmoe.models.router_precision import run_routers_outside_autocast
 from flanmoe.models.upcycle import UpcycleConfig, upcycle
 from flanmoe.moe.recorder import RoutingRecorder
 from flanmoe.testing.tiny_models import tiny_model
@@ -15,7 +15,7 @@ from flanmoe.testing.tiny_models import tiny_model
 def test_logits_are_those_of_float32_hidden_states(name: str) -> None:
     model = tiny_model(name).eval()
     ids = torch.randint(3, 100, (2, 16), generator=torch.Generator().manual_seed(0))
-    assert keep_routers_in_float32(model) == len(moe_blocks(model)) > 0
+    run_routers_outside_autocast(model)
     block = moe_blocks(model)[0]
     seen: list[torch.Tensor] = []
     block.router.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -34,24 +34,9 @@ def test_logits_are_those_of_float32_hidden_states(name: str) -> None:
     assert not torch.allclose(rounded, expected, atol=1e-4)
 
 
-def test_doing_it_twice_changes_nothing_and_a_saved_model_knows_nothing_of_it() -> None:
-    model = tiny_model("mixtral")
-    names = list(model.state_dict())
-    keep_routers_in_float32(model)
-    forwards = [block.router.forward for block in moe_blocks(model)]
-    keep_routers_in_float32(model)
-    assert forwards == [block.router.forward for block in moe_blocks(model)]
-    assert list(model.state_dict()) == names
-
-
-def test_a_dense_model_has_no_routers() -> None:
-    assert keep_routers_in_float32(tiny_model("llama")) == 0
-
-
 def test_an_upcycled_model_stays_near_the_dense_one_in_bfloat16() -> None:
     dense = tiny_model("llama").eval()
     sparse = upcycle(dense, UpcycleConfig(num_experts=8, top_k=2), SeedTree(0)).eval()
-    keep_routers_in_float32(sparse)
     ids = torch.randint(3, 100, (4, 64), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         exact = dense(input_ids=ids).logits

@@ -1,0 +1,47 @@
+"""A made-up report of one step."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from flanmoe.training.report import RouterReport, StepReport
+from flanmoe.training.rows import StepTotals
+
+
+@pytest.fixture
+def report() -> Callable[..., StepReport]:
+    """Reports that differ from one another in what a test names."""
+
+    def make(step: int, *, sparse: bool = True, **changes: Any) -> StepReport:
+        router = RouterReport(
+            balance_per_layer=(2.0, 4.0),
+            balance_raw=3.0,
+            balance_weighted=0.03,
+            z_raw=5.0,
+            z_weighted=0.005,
+            counts=(torch.tensor([3, 0, 1]), torch.tensor([2, 2, 0])),
+        )
+        values = StepReport(
+            step=step,
+            totals=StepTotals(
+                rows=4,
+                micro_batches=2,
+                examples=6,
+                real_tokens=30,
+                padding_tokens=10,
+                loss_tokens=12,
+            ),
+            cross_entropy=1.5,
+            loss=1.535,
+            learning_rate=1e-4,
+            gradient_norm=0.5,
+            router=router if sparse else None,
+            counted_tokens=0,
+            counting_seconds=0.0,
+        )
+        return replace(values, **changes)
+
+    return make
