@@ -146,8 +146,27 @@ def test_logits_are_made_only_from_the_first_position_that_is_needed() -> None:
 
 def test_padding_is_counted() -> None:
     lm = build_lm(tiny_model("llama"), tiny_tokenizer(), batch_size=2, precision="float32")
-    lm.loglikelihood(_requests([("x" * 10, "yes"), ("x" * 6, "no")]))
-    assert (lm.work.real_tokens, lm.work.padding_tokens) == (12 + 7, 5)
+    lm.loglikelihood(_requests([("x" * 20, "yes"), ("x" * 18, "yes")]))
+    assert (lm.work.real_tokens, lm.work.padding_tokens) == (22 + 20, 2)
+
+
+@given(st.lists(st.integers(min_value=1, max_value=120), min_size=1, max_size=20))
+@settings(max_examples=10)
+def test_padding_stays_below_a_tenth(lengths: list[int]) -> None:
+    lm = build_lm(tiny_model("llama"), tiny_tokenizer(), batch_size=8, precision="float32")
+    lm.loglikelihood(_requests([("x" * length, "yes") for length in lengths]))
+    assert lm.work.padding_tokens <= 0.1 * (lm.work.real_tokens + lm.work.padding_tokens)
+
+
+def test_letters_and_long_answers_are_not_batched_together() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    widths: list[int] = []
+    head = model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda *call: widths.append(call[2].shape[1]))
+    lm = build_lm(model, tokenizer, batch_size=8, precision="float32")
+    lm.loglikelihood(_requests([("x" * 40, "A"), ("x" * 20, "y" * 20), ("x" * 39, "A")]))
+    handle.remove()
+    assert widths == [20, 2]
 
 
 def test_an_answer_of_several_tokens_is_summed() -> None:
@@ -191,7 +210,7 @@ def test_bfloat16_runs_under_autocast_and_scores_in_float32() -> None:
     found: dict[str, list[float]] = {}
     for precision in ("float32", "bfloat16"):
         lm = build_lm(model, tokenizer, batch_size=4, precision=precision)
-        answers = lm.loglikelihood(_requests([("Why? ", "Because."), ("What? ", "That.")]))
+        answers = lm.loglikelihood(_requests([("Why? ", "So it is."), ("Who? ", "It was me.")]))
         found[precision] = [answer[0] for answer in answers]
     assert types == [torch.float32, torch.bfloat16]
     assert found["float32"] != found["bfloat16"]

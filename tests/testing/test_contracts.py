@@ -7,6 +7,7 @@ import torch
 
 from flanmoe.core.errors import ModelError
 from flanmoe.models.blocks import NativeBlock, moe_blocks
+from flanmoe.moe.block import ExpertWeights
 from flanmoe.testing.contracts import (
     check_counts,
     check_experts_read_back,
@@ -38,9 +39,15 @@ def test_weights_are_put_back() -> None:
 
 
 def test_a_wrong_width_is_seen() -> None:
-    _, block = _block(expert_width=32)
+    class Cut(NativeBlock):
+        def read_expert(self, index):
+            weights = super().read_expert(index)
+            return ExpertWeights(weights.gate[:9], weights.up[:9], weights.down[:, :9])
+
+    _, block = _block()
+    cut = Cut(**{f.name: getattr(block, f.name) for f in dataclasses.fields(block)})
     with pytest.raises(AssertionError, match="expert 0 has"):
-        check_counts(block)
+        check_counts(cut)
 
 
 def test_a_missed_expert_is_seen() -> None:

@@ -32,7 +32,9 @@ def test_overrides_replace_the_tiny_values() -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
-    with pytest.raises(KeyError, match="No tiny model is called `mixtrl`. Did you mean `mixtral`?"):
+    with pytest.raises(
+        KeyError, match=r"No tiny model is called `mixtrl`\. Did you mean `mixtral`\?"
+    ):
         tiny_model("mixtrl")
 
 

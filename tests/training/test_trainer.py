@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from flanmoe.core.errors import DataError, FlanmoeError
+from flanmoe.core.errors import DataError, FlanmoeError, ModelError
 from flanmoe.core.seeds import SeedTree
 from flanmoe.data.collate import collate
 from flanmoe.data.example import Packed
@@ -413,6 +413,30 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
     )
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(
+    tmp_path: Path, packed_rows: Rows
+) -> None:
+    model = sparse()
+    model.lm_head.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        FlanmoeError, match=r"finite gradient norm, but that of step 1 is (nan|inf)"
+    ):
+        reports_of(tmp_path, model, packed_rows(2), rows_per_step=2)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_weights_in_bfloat16_are_refused(tmp_path: Path, packed_rows: Rows) -> None:
+    with pytest.raises(ModelError) as caught:
+        reports_of(tmp_path, tiny_model("mixtral").bfloat16(), packed_rows(2), rows_per_step=2)
+    assert str(caught.value) == (
+        "Tuning needs weights in float32, but some are in bfloat16, which swallows most updates at "
+        "fine-tuning rates. Load the model with `dtype=torch.float32`; `precision: bfloat16` "
+        "computes in bfloat16 all the same."
+    )
 
 
 def test_every_step_must_be_logged(tmp_path: Path, packed_rows: Rows) -> None:

@@ -79,7 +79,8 @@ def invoke(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _fail("Stopped by Ctrl-C.", 130, arguments)
     except typer.TyperException as error:
-        rich_utils.rich_format_error(error)
+        # Typed for click's own errors; typer raises its subclasses of this one.
+        rich_utils.rich_format_error(error)  # pyright: ignore[reportArgumentType]
         return _fail(error.format_message(), 2, arguments, shown=True)
     except FlanmoeError as error:
         return _fail(str(error), error.exit_code, arguments)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from flanmoe.core.console import console, say
 from flanmoe.models.loading import load_model, load_tokenizer
@@ -24,7 +24,7 @@ class Speaker:
         temperature: 0 takes the likeliest token every time.
     """
 
-    model: PreTrainedModel
+    model: Any
     tokenizer: PreTrainedTokenizerBase
     max_new_tokens: int
     temperature: float

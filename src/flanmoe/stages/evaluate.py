@@ -10,11 +10,10 @@ from flanmoe.core.config import Config
 from flanmoe.core.console import show_table
 from flanmoe.core.errors import ConfigError, RunError
 from flanmoe.core.seeds import SeedTree
-from flanmoe.data.tasks import load_tasks
 from flanmoe.evaluation.comparison import SuiteComparison, compare_files
 from flanmoe.evaluation.metrics import Estimate
 from flanmoe.evaluation.results import SuiteResult, write_result
-from flanmoe.evaluation.suites import SuiteConfig, evaluate_suite, named_suite
+from flanmoe.evaluation.suites import SuiteConfig, evaluate_suite, load_suite, named_suite
 from flanmoe.stages.context import StageContext
 from flanmoe.stages.held_model import HeldModel
 from flanmoe.stages.recipe import EvaluateStage
@@ -39,11 +38,8 @@ def run_evaluate(stage: EvaluateStage, held: HeldModel, context: StageContext) -
     seeds = context.seeds.child("evaluate")
     result = _score(held, config, data_dir=context.data_dir, seeds=seeds)
     write_result(result, context.run.path)
-    kept_back = {
-        task.name
-        for task in load_tasks(config.tasks, data_dir=context.data_dir)
-        if task.evaluation_only
-    }
+    tasks, _ = load_suite(config, data_dir=context.data_dir)
+    kept_back = {task.name for task in tasks if task.evaluation_only}
     names = tuple(score.task for score in result.tasks if score.task in kept_back)
     return EvaluateResult(scores=result.summary(), evaluation_only=names)
 

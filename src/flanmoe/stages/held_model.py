@@ -1,9 +1,11 @@
 """The model that a chain of stages works on, loaded when it is first needed."""
 
 from pathlib import Path
+from typing import cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flanmoe.data.tokenizer import Tokenizer
 from flanmoe.evaluation.results import read_training_hashes
 from flanmoe.models.loading import load_model, load_tokenizer, resolve_reference
 
@@ -36,6 +38,10 @@ class HeldModel:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self._reference)
         return self._tokenizer
+
+    def text_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer as the data package sees one."""
+        return cast(Tokenizer, self.tokenizer())
 
     def training_hashes(self) -> frozenset[str]:
         """Return the content hashes of the examples that flanmoe has trained this model on."""

@@ -49,7 +49,7 @@ def inspect_reference(
 
 
 def _task_load(held: HeldModel, task: Task, limit: int) -> list[dict[str, Any]]:
-    model, tokenizer = held.model(), held.tokenizer()
+    model, tokenizer = held.model(), held.text_tokenizer()
     blocks = require_moe_blocks(model)
     load = ExpertLoad([block.num_experts for block in blocks])
     recorder = RoutingRecorder(blocks)

@@ -83,4 +83,4 @@ def training_stream(stage: TuneStage, held: HeldModel, context: StageContext) ->
     """Return the stage's stream of packed rows, the same for every arm of a study and seed."""
     seeds = context.seeds.child(stage.label).child("data")
     mixture = Mixture.load(stage.data, data_dir=context.data_dir, seeds=seeds)
-    return PackedStream(mixture, held.tokenizer(), stage.packing, seeds)
+    return PackedStream(mixture, held.text_tokenizer(), stage.packing, seeds)

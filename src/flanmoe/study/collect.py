@@ -5,7 +5,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import psutil
 
@@ -176,7 +176,9 @@ def _sizes(
 def _router_losses(tuned: TuneStageResult) -> RouterLosses | None:
     if tuned.training.expert_load is None:
         return None
-    return RouterLosses(settings=tuned.training.router_settings, last=tuned.training.router_last)
+    return RouterLosses(
+        settings=tuned.training.router_settings, last=dict(tuned.training.router_last)
+    )
 
 
 def _expert_load(tuned: TuneStageResult) -> ExpertLoadReport | None:
@@ -255,44 +257,52 @@ def _mean_score(scores: Sequence[Score]) -> Any:
     return scores[0].model_copy(update={"mean": mean})
 
 
-def _comparisons(study: Study, arms: Mapping[str, Sequence[SeedResults]]) -> "list[Comparison]":
+def _comparisons(study: Study, arms: Mapping[str, Sequence[SeedResults]]) -> list[Comparison]:
     found: list[Comparison] = []
     for number, seed in enumerate(study.seeds):
-        tag = f" (seed {seed})" if len(study.seeds) > 1 else ""
+        shown = seed if len(study.seeds) > 1 else None
         baseline = arms[study.baseline_arm][number].evaluation(after=True)
         for name, results in arms.items():
             after = results[number].evaluation(after=True)
             before = results[number].evaluation(after=False)
             draws = SeedTree(seed).child("comparison").child(name)
             if after and baseline and name != study.baseline_arm:
-                pair = (name + tag, study.baseline_arm + tag)
-                found += _paired(pair, "arms", (baseline, after), draws.child("arms"))
+                pair = _Pair(name, study.baseline_arm, "arms", shown)
+                found += _paired(pair, (baseline, after), draws.child("arms"))
             if after and before:
-                pair = (name + tag, name + tag)
-                found += _paired(pair, "tuning", (before, after), draws.child("tuning"))
+                pair = _Pair(name, name, "tuning", shown)
+                found += _paired(pair, (before, after), draws.child("tuning"))
     return sorted(found, key=lambda comparison: comparison.kind != "arms")
 
 
+class _Pair(NamedTuple):
+    """Who is compared with whom."""
+
+    subject: str
+    reference: str
+    kind: Literal["arms", "tuning"]
+    seed: int | None
+
+
 def _paired(
-    names: tuple[str, str], kind: Any, results: tuple[SuiteResult, SuiteResult], draws: SeedTree
+    pair: _Pair, results: tuple[SuiteResult, SuiteResult], draws: SeedTree
 ) -> list[Comparison]:
     comparison = compare(*results, seeds=draws).pooled
     rows: list[tuple[Metric, PairedDifference | None]] = [
         ("loss", comparison.loss),
         ("accuracy", comparison.accuracy),
     ]
-    return [_comparison(names, kind, metric, row) for metric, row in rows if row and row.interval]
+    return [_comparison(pair, metric, row) for metric, row in rows if row and row.interval]
 
 
-def _comparison(
-    names: tuple[str, str], kind: Any, metric: Metric, row: PairedDifference
-) -> Comparison:
+def _comparison(pair: _Pair, metric: Metric, row: PairedDifference) -> Comparison:
     assert row.interval is not None
     estimate = row.difference
     return Comparison(
-        subject=names[0],
-        reference=names[1],
-        kind=kind,
+        subject=pair.subject,
+        reference=pair.reference,
+        kind=pair.kind,
+        seed=pair.seed,
         metric=metric,
         mean=estimate.mean,
         standard_error=estimate.clustered_standard_error or estimate.standard_error,

@@ -13,6 +13,7 @@ from flanmoe.core.config import read_yaml
 from flanmoe.core.console import say, show_table
 from flanmoe.core.errors import Interrupted, UserError
 from flanmoe.core.rundir import RunDir
+from flanmoe.data.tasks import TaskConfig, expand
 from flanmoe.study.collect import SeedResults, collect
 from flanmoe.study.executor import LocalExecutor
 from flanmoe.study.plan import plan_study, plan_table
@@ -35,10 +36,14 @@ def quickstart_study(*, minutes: float, overrides: Sequence[str]) -> Study:
     share = minutes / _DEFAULT_MINUTES
     steps = max(1, round(values["defaults"]["tune"]["train"]["steps"] * share))
     limit = values["defaults"]["evaluate"]["limit"]
+    # A limited suite needs one example of each task.
+    fewest = len(
+        expand([TaskConfig.parse(task) for task in values["defaults"]["evaluate"]["tasks"]])
+    )
     scaled = [
         f"defaults.tune.train.steps={steps}",
         f"defaults.tune.train.warmup_steps={min(2, steps)}",
-        f"defaults.evaluate.limit={max(8, min(limit, round(limit * share)))}",
+        f"defaults.evaluate.limit={max(fewest, min(limit, round(limit * share)))}",
     ]
     changes = [] if share == 1 else scaled
     return study_from_mapping(values, overrides=[*changes, *overrides], origin="quickstart.yaml")

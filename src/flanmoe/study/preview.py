@@ -13,7 +13,7 @@ from flanmoe.data.example import Rendered
 from flanmoe.data.packing import tokenize
 from flanmoe.data.tasks import Task, TaskConfig, expand, load_tasks
 from flanmoe.data.tokenizer import Tokenizer
-from flanmoe.models.loading import load_tokenizer
+from flanmoe.stages.held_model import HeldModel
 from flanmoe.stages.recipe import TuneStage
 from flanmoe.study.study import load_study
 
@@ -22,7 +22,7 @@ def preview_task(
     name: str, *, split: str, number: int, model: str, data_dir: Path | None
 ) -> dict[str, Any]:
     """Show the first examples of a task (or of every task of a family)."""
-    tokenizer = load_tokenizer(model)
+    tokenizer = HeldModel(model).text_tokenizer()
     tasks = load_tasks([TaskConfig(name=name, split=split)], data_dir=data_dir)
     return {"tasks": {task.name: _preview(task, number, tokenizer) for task in tasks}}
 
@@ -64,7 +64,7 @@ def preview_file(path: Path, *, number: int, data_dir: Path | None) -> dict[str,
     for arm in study.arms.values():
         for stage in arm.stages:
             if isinstance(stage, TuneStage):
-                tokenizer = load_tokenizer(arm.model)
+                tokenizer = HeldModel(arm.model).text_tokenizer()
                 tasks = load_tasks(expand(stage.data.tasks), data_dir=data_dir)
                 return {"tasks": {task.name: _preview(task, number, tokenizer) for task in tasks}}
     raise DataError(f"The file {path} needs a `tune` stage to preview its data, but has none.")

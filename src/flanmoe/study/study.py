@@ -172,7 +172,7 @@ def _fill(arm: Any, model: Any, defaults: dict[str, Any]) -> Any:
         filled.setdefault("model", model)
     if isinstance(arm.get("stages"), list):
         filled["stages"] = [
-            _merged(defaults.get(stage.get("stage"), {}), stage)
+            _merged(defaults.get(str(stage.get("stage")), {}), stage)
             if isinstance(stage, dict)
             else stage
             for stage in arm["stages"]

@@ -129,8 +129,8 @@ def tiny_model(name: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel
 def _disturb_vectors(model: nn.Module) -> None:
     """Move norms away from 1 and biases away from 0: a copy that forgets one then shows."""
     with torch.no_grad():
-        for tensor in model.state_dict().values():
-            if tensor.ndim == 1 and tensor.is_floating_point():
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and (tensor.ndim == 1 or name.endswith("bias")):
                 tensor.add_(torch.randn_like(tensor), alpha=0.1)
 
 

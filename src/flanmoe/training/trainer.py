@@ -30,7 +30,7 @@ from transformers import (
 from transformers import TrainingArguments as Arguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from flanmoe.core.errors import ConfigError, DataError, FlanmoeError
+from flanmoe.core.errors import ConfigError, DataError, FlanmoeError, ModelError
 from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.router_precision import run_routers_outside_autocast
 from flanmoe.moe.recorder import RoutingRecorder
@@ -130,6 +130,7 @@ class SparseTrainer(Trainer):
         # saved; here it is off in each call.
         model.config.use_cache = use_cache
         self._refuse_sharding()
+        _require_full_precision(model)
         # Both write to stdout, which belongs to `--json`.
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -317,6 +318,12 @@ class SparseTrainer(Trainer):
                 f"{value}. Lower `learning_rate` or `max_grad_norm`; the last checkpoint is good."
             )
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
+        # transformers asks for it between backward pass and optimizer step, clipping or not.
+        norm = float(cast(Tensor, super()._get_grad_norm(model, grad_norm=grad_norm)))
+        self._require_finite("gradient norm", norm)
+        return norm
+
     # ---- Reports ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -402,6 +409,17 @@ class SparseTrainer(Trainer):
         self.scope.load_state_dict(state.scope)
         for callback in self.step_callbacks:
             callback.load_state_dict(state.callbacks[callback.name])
+
+
+def _require_full_precision(model: nn.Module) -> None:
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    small = {str(value.dtype).rpartition(".")[2] for value in trained if value.itemsize < 4}
+    if small:
+        raise ModelError(
+            f"Tuning needs weights in float32, but some are in {', '.join(sorted(small))}, which "
+            "swallows most updates at fine-tuning rates. Load the model with `dtype=torch.float32`; "
+            "`precision: bfloat16` computes in bfloat16 all the same."
+        )
 
 
 class _Start(TrainerCallback):

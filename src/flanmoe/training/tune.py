@@ -124,10 +124,11 @@ def tune(
 
     Raises:
         RunError: if `resume` is set and there is no complete checkpoint.
+        ModelError: if weights are in less than float32.
         Interrupted: after Ctrl-C; a checkpoint has been written.
         DiskError: if a checkpoint or a log cannot be written.
         DataError: if the stream ends or a step has no token that enters the loss.
-        FlanmoeError: if the loss is not finite.
+        FlanmoeError: if the loss or the gradient is not finite.
     """
     arguments = training_arguments(config, run.file(CHECKPOINTS_FOLDER), seeds)
     checkpoint = _checkpoint_to_resume(run) if resume else None
