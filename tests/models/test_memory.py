@@ -1,11 +1,18 @@
-"""The memory estimate against what autograd saves; the real peak is measured in the slow test."""
+"""The memory estimate against what autograd saves, and against the peak of a real training step."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from flanmoe.core.seeds import SeedTree
 from flanmoe.models.memory import RUNTIME_BYTES, estimate_memory, saved_bytes_per_token
+from flanmoe.models.upcycle import UpcycleConfig, upcycle
 from flanmoe.testing.tiny_models import tiny_model
 
 _LENGTH = 256
@@ -76,3 +83,50 @@ def test_what_changes_what() -> None:
     exact = estimate_memory(config, rows=1, length=64, precision="float32")
     assert exact.weight_copies == 0
     assert estimate_memory(config, rows=1, length=64, optimizer="sgd").optimizer == 0
+
+
+_TRAINING = """
+import json, sys
+import torch
+from flanmoe.core.memory import peak_memory_bytes, reset_peak_memory
+from flanmoe.models.loading import load_model
+from flanmoe.models.memory import estimate_memory
+import flanmoe.stages.tune
+
+model = load_model(sys.argv[1]).train()
+length = 512
+tokens = torch.randint(model.config.vocab_size, (1, length))
+positions = torch.cat([torch.arange(300), torch.arange(length - 300)])[None]
+kept = torch.arange(0, length, 2)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+reset_peak_memory()
+for step in range(2):
+    for micro_batch in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(
+                tokens, position_ids=positions, use_cache=False, logits_to_keep=kept
+            ).logits[0]
+        torch.nn.functional.cross_entropy(logits.float(), tokens[0, kept]).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+found = estimate_memory(model, rows=1, length=length, loss_positions=len(kept))
+print(json.dumps([found.total, peak_memory_bytes()]))
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_the_estimate_is_within_a_tenth_of_the_measured_peak(sparse: bool, tmp_path: Path) -> None:
+    # Between the tiny models and SmolLM2: large enough to stand out from what Python itself needs.
+    options = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8}
+    dense = tiny_model(
+        "llama", **options, vocab_size=32000, num_hidden_layers=12, num_key_value_heads=4
+    )
+    model = upcycle(dense, UpcycleConfig(), SeedTree(0)) if sparse else dense
+    model.save_pretrained(tmp_path)
+    finished = subprocess.run(
+        [sys.executable, "-c", _TRAINING, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    estimated, measured = json.loads(finished.stdout.splitlines()[-1])
+    assert estimated == pytest.approx(measured, rel=0.1)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 
 from flanmoe.core.errors import ConfigError
 from flanmoe.core.seeds import SeedTree
@@ -113,8 +113,6 @@ def test_learning_rates(schedule: str, expected: list[float], tmp_path: Path) ->
 
 
 def _scheduler(made: TrainingArguments, optimizer: torch.optim.Optimizer) -> Any:
-    from transformers import get_scheduler  # noqa: PLC0415
-
     return get_scheduler(
         made.lr_scheduler_type,
         optimizer,

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from flanmoe.core import files
 from flanmoe.core.errors import DiskError, RunError
 from flanmoe.testing.tiny_models import tiny_model
+from flanmoe.training import checkpoints
 from flanmoe.training.checkpoints import (
     MARKER,
     RunState,
@@ -56,19 +58,28 @@ def test_the_newest_complete_one_by_number(tmp_path: Path) -> None:
 def test_the_marker_is_written_last_and_names_the_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flushed: list[str] = []
-    real = os.fsync
+    order: list[str] = []
+    flush, write_json = checkpoints._flush, files.write_json
 
-    def fsync(handle: int) -> None:
-        flushed.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
-        real(handle)
+    def flushing(path: Path) -> None:
+        order.append(f"flush {path.name}")
+        flush(path)
 
-    monkeypatch.setattr(os, "fsync", fsync)
+    def marking(path: Path, value: Any) -> None:
+        order.append(f"write {path.name}")
+        write_json(path, value)
+
+    monkeypatch.setattr(checkpoints, "_flush", flushing)
+    monkeypatch.setattr(files, "write_json", marking)
     checkpoint = write(tmp_path, 3)
     marker = json.loads((checkpoint / MARKER).read_text())
     assert marker == {"step": 3, "files": {"sub/weights": len("weights of 3")}}
-    assert flushed[0] == "weights"
-    assert flushed[1].startswith(f".{MARKER}")
+    assert order == [
+        "flush weights",
+        f"write {MARKER}",
+        "flush checkpoint-3.partial",
+        "flush checkpoints",
+    ]
 
 
 def test_what_was_not_finished_is_ignored_and_removed(tmp_path: Path) -> None:
@@ -92,6 +103,13 @@ def test_older_ones_go(tmp_path: Path) -> None:
     remove_checkpoints(tmp_path)
     assert not (tmp_path / "checkpoints").exists()
     remove_checkpoints(tmp_path)
+
+
+def test_what_was_not_finished_does_not_push_out_what_was(tmp_path: Path) -> None:
+    write(tmp_path, 4)
+    (tmp_path / "checkpoints" / "checkpoint-6").mkdir()
+    remove_older(tmp_path / "checkpoints", keep=1)
+    assert "checkpoint-4" in names(tmp_path)
 
 
 def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:

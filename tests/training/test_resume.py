@@ -85,7 +85,7 @@ def badly(tmp_path_factory: pytest.TempPathFactory) -> Badly:
         for name, (end, at, model, settings, _) in KILLED.items()
     }
     sparse = {"model": "mixtral", "scope": "lagged"}
-    cases["interrupt"] = {"end": "interrupt", "at": 3, "steps": 60, **sparse}
+    cases["interrupt"] = {"end": "interrupt", "at": 3, "steps": 30, **sparse}
     # So that the checkpoint found afterwards is the one that Ctrl-C made.
     cases["interrupt"]["checkpoint_every_steps"] = 1000
     cases["interrupt_twice"] = {"end": "interrupt_twice", "at": 3, "steps": STEPS, **sparse}
@@ -159,10 +159,10 @@ def test_ctrl_c_saves_and_going_on_equals_uninterrupted(badly: Badly, tmp_path: 
     outcome = badly.note("interrupt", "outcome.json")
     folder = badly.folder("interrupt")
     step = len(metrics(folder))
-    assert 3 <= step < 60
+    assert 3 <= step < 30
     assert outcome == {
         "type": "Interrupted",
-        "text": f"Tuning was interrupted after step {step} of 60. A checkpoint has been saved; "
+        "text": f"Tuning was interrupted after step {step} of 30. A checkpoint has been saved; "
         "`--resume` goes on from it.",
         "exit_code": 130,
         "left": [f"checkpoint-{step}"],
@@ -170,7 +170,7 @@ def test_ctrl_c_saves_and_going_on_equals_uninterrupted(badly: Badly, tmp_path: 
     resumed, _ = badly.run("interrupt", folder)
     uninterrupted, _ = badly.run("interrupt", tmp_path)
     assert_same_weights(resumed, uninterrupted)
-    assert [row["step"] for row in metrics(folder)] == list(range(1, 61))
+    assert [row["step"] for row in metrics(folder)] == list(range(1, 31))
 
 
 def test_a_second_ctrl_c_stops_at_once(badly: Badly) -> None:
