@@ -9,6 +9,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tiny models gain nothing from threads; on a busy machine they wait for each other most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if os.environ.get("FLANMOE_CHECK_SHAPES", "1") == "1":
     from jaxtyping import install_import_hook

@@ -50,6 +50,38 @@ def test_the_model_really_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == model.config.num_hidden_layers
 
 
+class _Plain(torch.nn.Module):
+    """Experts without a gate, with transposed matrices, biases and a norm behind them."""
+
+    has_gate, has_bias, is_transposed, has_post_expert_norm = False, True, True, True
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> torch.nn.Parameter:
+            return torch.nn.Parameter(torch.randn(shape, generator=generator))
+
+        self.up_proj, self.up_proj_bias = normal(3, 5, 4), normal(3, 4)
+        self.down_proj, self.down_proj_bias = normal(3, 4, 5), normal(3, 5)
+        self.act_fn = torch.nn.ReLU()
+        self.post_expert_norm = torch.nn.LayerNorm(5)
+
+
+def test_experts_without_a_gate_and_with_a_norm_behind_them() -> None:
+    module = _Plain()
+    hidden = torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
+    expert_ids = torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1], [1, 2], [2, 0], [0, 2]])
+    gates = torch.linspace(0.1, 0.9, 14).view(7, 2)
+    expected = torch.zeros(7, 5)
+    for token, choice in torch.cartesian_prod(torch.arange(7), torch.arange(2)).tolist():
+        expert = expert_ids[token, choice]
+        inner = module.act_fn(hidden[token] @ module.up_proj[expert] + module.up_proj_bias[expert])
+        output = inner @ module.down_proj[expert] + module.down_proj_bias[expert]
+        expected[token] += gates[token, choice] * module.post_expert_norm(output)
+    torch.testing.assert_close(experts_forward(module, hidden, expert_ids, gates), expected)
+
+
 def test_registering_twice_changes_nothing() -> None:
     register_experts_implementation()
     assert ALL_EXPERTS_FUNCTIONS[EXPERTS_IMPLEMENTATION] is experts_forward

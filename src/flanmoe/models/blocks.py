@@ -2,9 +2,9 @@
 
 A sparse block is a module with two children: *experts*, which hold their matrices fused into 3-D
 parameters, and a *router*, which turns hidden states into (logits, gates, expert ids). No list of
-model types is kept (DESIGN 5.1). What transformers' experts modules say about their own layout is
-read in `ExpertLayout`, and what a router does is measured on random inputs; nothing else in flanmoe
-looks into foreign sparse modules.
+model types is kept (DESIGN 5.1). What transformers' experts modules say about their own
+layout is read in `ExpertLayout` here and in `experts_interface`, and what a router does is measured
+on random inputs; nothing else in flanmoe looks into foreign sparse modules.
 """
 
 import copy

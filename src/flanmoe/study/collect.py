@@ -163,7 +163,7 @@ def _sizes(
             trainable=tuned.parameters.trainable,
         ),
         Flops(
-            body=tuned.flops.body + tuned.flops.router,
+            body=tuned.flops.body,
             head=tuned.flops.head,
             attention_scores=tuned.flops.attention_scores,
             context_length=tuned.flops.context_length,
