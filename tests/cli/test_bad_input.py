@@ -49,7 +49,9 @@ def _empty(folder: Path) -> str:
 
 
 def _no_target(folder: Path) -> str:
-    (folder / "rows.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n{"question": "2+2?"}\n')
+    (folder / "rows.jsonl").write_text(
+        '{"question": "1+1?", "answer": "2"}\n{"question": "2+2?"}\n'
+    )
     return str(folder / "rows.jsonl")
 
 
