@@ -14,7 +14,7 @@ from flanmoe.core.rundir import RunDir
 from flanmoe.core.seeds import SeedTree
 from flanmoe.models.loading import save_model
 from flanmoe.models.plan import ParameterCount, count_parameters
-from flanmoe.models.upcycle import UpcycleConfig, check_step0, upcycle
+from flanmoe.models.upcycle import check_step0, upcycle
 from flanmoe.stages.context import StageContext
 from flanmoe.stages.held_model import HeldModel
 from flanmoe.stages.recipe import UpcycleStage
@@ -62,16 +62,15 @@ def upcycle_and_save(
     stage: UpcycleStage, held: HeldModel, folder: Path, seeds: SeedTree
 ) -> tuple[HeldModel, UpcycleResult]:
     """Upcycle, compare, save to `folder`; see `run_upcycle`."""
-    config = UpcycleConfig(**{name: getattr(stage, name) for name in UpcycleConfig.model_fields})
     dense = held.model()
-    sparse = upcycle(dense, config, seeds)
-    difference = check_step0(dense, sparse, probe_tokens(held.tokenizer()), config)
+    sparse = upcycle(dense, stage, seeds)
+    difference = check_step0(dense, sparse, probe_tokens(held.tokenizer()), stage)
     say(f"    largest logit difference from the dense model: {difference:.2e}")
     with disk_errors(folder):
         save_model(sparse, held.tokenizer(), folder)
     result = UpcycleResult(
         step0_max_abs_diff=difference,
-        exact=config.exact,
+        exact=stage.exact,
         dense=count_parameters(dense),
         sparse=count_parameters(sparse),
     )

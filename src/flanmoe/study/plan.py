@@ -18,7 +18,7 @@ from flanmoe.models.loading import load_config
 from flanmoe.models.memory import MemoryEstimate, estimate_memory
 from flanmoe.models.meta import meta_model
 from flanmoe.models.plan import ParameterCount, count_parameters
-from flanmoe.models.upcycle import UpcycleConfig, sparse_config
+from flanmoe.models.upcycle import sparse_config
 from flanmoe.stages.recipe import EvaluateStage, TuneStage, UpcycleStage
 from flanmoe.study.machine import Machine, this_machine
 from flanmoe.study.study import Arm, Study
@@ -127,7 +127,7 @@ def _plan_arm(arm: Arm, machine: Machine) -> ArmPlan:
     for stage in arm.stages:
         match stage:
             case UpcycleStage():
-                config = sparse_config(config, _upcycle_config(stage))
+                config = sparse_config(config, stage)
                 model = meta_model(config)
                 flops = count_flops(model, context_length=1024)
                 disk += _model_bytes(model)
@@ -158,10 +158,6 @@ def _plan_arm(arm: Arm, machine: Machine) -> ArmPlan:
         seconds=all_flops / (machine.flops_per_second * _EFFICIENCY),
         disk_bytes=disk,
     )
-
-
-def _upcycle_config(stage: UpcycleStage) -> UpcycleConfig:
-    return UpcycleConfig(**{name: getattr(stage, name) for name in UpcycleConfig.model_fields})
 
 
 def _model_bytes(model: PreTrainedModel) -> int:
