@@ -2,10 +2,18 @@
 
 The import hook wraps every annotated function of the tensor packages in a beartype and jaxtyping check, so
 each test also checks the shapes in the signatures it runs through. Compile tests need the plain functions:
-they run in a process of their own with `FLANMOE_CHECK_SHAPES=0`.
+they run in a process of their own with `FLANMOE_CHECK_SHAPES=0` (tests/moe/test_compile.py).
 """
 
 import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,10 +23,59 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if os.environ.get("FLANMOE_CHECK_SHAPES", "1") == "1":
     from jaxtyping import install_import_hook
 
-    install_import_hook(["flanmoe.moe", "flanmoe.models", "flanmoe.data"], "beartype.beartype")
-
-from hypothesis import settings
+    # Packages and modules whose public seams carry shapes.
+    checked = [
+        "flanmoe.moe",
+        "flanmoe.models",
+        "flanmoe.data",
+        "flanmoe.training.router_losses",
+        "flanmoe.training.rows",
+        "flanmoe.training.trainer",
+        "flanmoe.evaluation.lm",
+    ]
+    install_import_hook(checked, "beartype.beartype")
 
 # Deadlines measure the machine, not the code; speed lives in benchmarks/.
 settings.register_profile("flanmoe", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("flanmoe")
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def in_two_processes() -> Callable[..., None]:
+    """Run a script in two processes, as torchrun would; nothing may go to stdout."""
+
+    def run(script: Path, *arguments: object) -> None:
+        shared = {
+            **os.environ,
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+        }
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(script), *map(str, arguments)],
+                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        try:
+            for process in processes:
+                out, errors = process.communicate(timeout=180)
+                assert process.returncode == 0, errors[-3000:]
+                assert out == ""
+        finally:
+            # Where one has failed, the other waits for it.
+            for process in processes:
+                process.kill()
+                process.communicate()
+
+    return run

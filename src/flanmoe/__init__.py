@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from flanmoe.evaluation.suites import SuiteConfig as SuiteConfig
     from flanmoe.evaluation.suites import evaluate_suite as evaluate_suite
     from flanmoe.models.blocks import moe_blocks as moe_blocks
+    from flanmoe.models.expert_dropout import set_expert_dropout as set_expert_dropout
     from flanmoe.models.flops import count_flops as count_flops
+    from flanmoe.models.freezing import freeze as freeze
+    from flanmoe.models.freezing import what_trains as what_trains
     from flanmoe.models.loading import load_model as load_model
     from flanmoe.models.loading import load_tokenizer as load_tokenizer
     from flanmoe.models.memory import estimate_memory as estimate_memory
@@ -89,12 +92,15 @@ _HOMES = {
     "count_parameters": "flanmoe.models.plan",
     "estimate_memory": "flanmoe.models.memory",
     "evaluate_suite": "flanmoe.evaluation.suites",
+    "freeze": "flanmoe.models.freezing",
     "load_model": "flanmoe.models.loading",
     "load_study": "flanmoe.study.study",
     "load_tokenizer": "flanmoe.models.loading",
     "moe_blocks": "flanmoe.models.blocks",
+    "set_expert_dropout": "flanmoe.models.expert_dropout",
     "tune": "flanmoe.training.tune",
     "upcycle": "flanmoe.models.upcycle",
+    "what_trains": "flanmoe.models.freezing",
     "z_loss": "flanmoe.moe.losses",
 }
 
@@ -133,12 +139,15 @@ __all__ = [
     "count_parameters",
     "estimate_memory",
     "evaluate_suite",
+    "freeze",
     "load_model",
     "load_study",
     "load_tokenizer",
     "moe_blocks",
+    "set_expert_dropout",
     "tune",
     "upcycle",
+    "what_trains",
     "z_loss",
 ]
 

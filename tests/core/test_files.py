@@ -160,3 +160,60 @@ def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
         raise IsADirectoryError(errno.EISDIR, "is a directory")
     with pytest.raises(KeyError), files.disk_errors(tmp_path):
         raise KeyError("x")
+
+
+def _write_model(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    (folder / "model.bin").write_text(text)
+    (folder / "parts").mkdir()
+    (folder / "parts" / "a").write_text(text)
+
+
+def _fill_the_disk(folder: Path) -> None:
+    with files.whole_folder(folder, marker="config.json") as partial:
+        _write_model(partial, "half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_whole_folder_replaces_what_stood_there(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "model"
+    for text in ("old", "new"):
+        with files.whole_folder(folder, marker="config.json") as partial:
+            _write_model(partial, text)
+            (partial / text).touch()
+    assert sorted(os.listdir(folder)) == ["config.json", "model.bin", "new", "parts"]
+    assert (folder / "parts" / "a").read_text() == (folder / "config.json").read_text() == "new"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_full_disk_leaves_nothing_of_a_whole_folder(tmp_path: Path, there: bool) -> None:
+    folder = tmp_path / "model"
+    if there:
+        folder.mkdir()
+    with pytest.raises(DiskError, match=r"Writing .*model failed: .*No space left on device"):
+        _fill_the_disk(folder)
+    assert folder.exists() == there
+    assert not there or os.listdir(folder) == []
+
+
+def test_a_kill_at_any_rename_leaves_no_marker(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys, pathlib\n"
+        "from flanmoe.core import files\n"
+        "folder, left, real = pathlib.Path(sys.argv[1]), [int(sys.argv[2])], os.replace\n"
+        "def replace(*paths):\n"
+        "    if not left[0]: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    left[0] -= 1\n"
+        "    real(*paths)\n"
+        "os.replace = replace\n"
+        "with files.whole_folder(folder, marker='config.json') as partial:\n"
+        "    for name in ('a', 'config.json', 'z'): (partial / name).touch()\n"
+    )
+    for renames in range(3):
+        folder = tmp_path / str(renames)
+        command = [sys.executable, "-c", program, str(folder), str(renames)]
+        assert subprocess.run(command, check=False).returncode == -9
+        assert not (folder / "config.json").exists()
+        with files.whole_folder(folder, marker="config.json") as partial:
+            (partial / "config.json").touch()
+        assert os.listdir(folder) == ["config.json"]

@@ -47,3 +47,19 @@ def test_reset_and_peak_around_200_megabytes() -> None:
 
 def test_a_process_has_used_what_it_uses() -> None:
     assert peak_memory_bytes() >= resident_memory_bytes() * 0.99 > 10_000_000
+
+
+def test_the_peak_of_children_holds_that_of_one_that_ended() -> None:
+    program = (
+        "import subprocess, sys\n"
+        "from flanmoe.core.memory import peak_memory_of_children_bytes\n"
+        "before = peak_memory_of_children_bytes()\n"
+        "subprocess.run([sys.executable, '-c', 'len(bytearray(200_000_000))'], check=True)\n"
+        "print(before, peak_memory_of_children_bytes())\n"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    before, after = map(int, output.stdout.split())
+    assert before == 0
+    assert 200_000_000 < after < 260_000_000

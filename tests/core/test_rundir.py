@@ -84,6 +84,27 @@ def test_resume_refuses_a_folder_that_no_run_wrote(tmp_path: Path, make: bool, s
     )
 
 
+@pytest.mark.parametrize(
+    ("content", "state"),
+    [
+        ('{"id": "abc", "host": "elsewhere"}', "is another program's: it has no `identity`."),
+        ("[1, 2]", "is another program's: it has no `identity`."),
+        ('{"kind": "Stu', "cannot be read as JSON: Unterminated string"),
+        ("", "cannot be read as JSON: Expecting value"),
+    ],
+    ids=["foreign", "list", "torn", "empty"],
+)
+def test_resume_refuses_a_marker_that_we_did_not_finish(
+    tmp_path: Path, content: str, state: str
+) -> None:
+    (tmp_path / "run.json").write_text(content)
+    message = _refusal(tmp_path, _RECIPE, resume=True)
+    assert message.startswith(
+        f"`--resume` needs a folder that an earlier run wrote, but the run.json of {tmp_path} {state}"
+    )
+    assert message.endswith("Choose another folder with `--out`, and leave `--resume` out.")
+
+
 def test_existing_opens_run_folders_only(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"is not a run folder: it has no run\.json"):
         RunDir.existing(tmp_path)

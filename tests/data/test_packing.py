@@ -30,7 +30,9 @@ from flanmoe.data.packing import (
 Tokens = Callable[..., TokenizedExample]
 
 
-def best_fit_written_out(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def best_fit_written_out(
+    lengths: Sequence[int], capacity: int, most_in_a_row: int = 10**9
+) -> list[list[int]]:
     """Look at every row for every example: the slow definition of best-fit decreasing."""
     rows: list[list[int]] = []
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
@@ -38,7 +40,7 @@ def best_fit_written_out(lengths: Sequence[int], capacity: int) -> list[list[int
         best, best_space = None, capacity + 1
         for number, row in enumerate(rows):
             space = capacity - sum(lengths[other] for other in row)
-            if lengths[index] <= space < best_space:
+            if len(row) < most_in_a_row and lengths[index] <= space < best_space:
                 best, best_space = number, space
         if best is None:
             rows.append([index])
@@ -53,6 +55,21 @@ def best_fit_written_out(lengths: Sequence[int], capacity: int) -> list[list[int
 )
 def test_rows_equal_the_written_out_best_fit(lengths: list[int], capacity: int) -> None:
     assert assign_rows(lengths, capacity=capacity) == best_fit_written_out(lengths, capacity)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), max_size=40),
+    capacity=st.integers(40, 90),
+    most=st.integers(1, 4),
+)
+def test_rows_hold_no_more_examples_than_asked_for(
+    lengths: list[int], capacity: int, most: int
+) -> None:
+    rows = assign_rows(lengths, capacity=capacity, most_in_a_row=most)
+    assert rows == best_fit_written_out(lengths, capacity, most)
+    assert all(len(row) <= most for row in rows)
+    if most == 1:
+        assert rows == [[index] for index in range(len(lengths))]
 
 
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=50))

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 import flanmoe.data.stream as stream_module
 from flanmoe.core.errors import DataError, RunError
 from flanmoe.core.seeds import SeedTree
+from flanmoe.data.chat import render_chat
 from flanmoe.data.example import Packed
 from flanmoe.data.mixture import Mixture, MixtureConfig
-from flanmoe.data.packing import PackingConfig, PackingReport
+from flanmoe.data.packing import PackingConfig, PackingReport, tokenize
 from flanmoe.data.stream import PackedStream
 
 TASKS = ("few", "some", "many")
@@ -146,6 +147,44 @@ def test_dropped_and_truncated_examples_are_counted_by_task(data_dir: Path, toke
     assert cutting.report.num_dropped == 0
 
 
+@settings(max_examples=15)
+@given(
+    window=st.integers(1, 20),
+    length=st.sampled_from([70, 80, 160]),
+    taken=st.integers(0, 30),
+    ahead=st.integers(0, 9),
+)
+def test_row_hashes_are_those_of_the_segments_of_the_rows(
+    data_dir: Path, tokenizer: Any, window: int, length: int, taken: int, ahead: int
+) -> None:
+    options = {"window": window, "length": length}
+    stream = stream_of(data_dir, tokenizer, **options)
+    hashes = hashes_by_tokens(stream.mixture, tokenizer)
+    expected = {
+        hashes[tuple(row.input_ids[row.segment_ids == segment].tolist())]
+        for row in islice(stream, taken)
+        for segment in range(1, len(row.tasks) + 1)
+    }
+    assert stream.row_hashes == expected
+    assert stream.row_hashes <= stream.seen_hashes
+    texts(stream, ahead)
+    state = json.loads(json.dumps(stream.state_after(taken)))
+    other = stream_of(data_dir, tokenizer, **options)
+    for restored in (stream, other):
+        restored.load_state_dict(state)
+        assert restored.row_hashes == expected
+        assert restored.state_after(taken) == state
+
+
+def hashes_by_tokens(mixture: Mixture, tokenizer: Any) -> dict[tuple[int, ...], str]:
+    return {
+        tuple(tokenize(rendered, tokenizer).input_ids.tolist()): rendered.content_hash
+        for task in mixture.tasks
+        for example in task.examples
+        for rendered in [render_chat(example, task.renderer, tokenizer, task.name)]
+    }
+
+
 def test_seen_hashes_hold_what_was_drawn_and_in_the_end_everything(
     data_dir: Path, tokenizer: Any
 ) -> None:
@@ -235,3 +274,16 @@ def test_a_fresh_process_goes_on_where_this_one_stood(data_dir: Path, tokenizer:
     )
     expected = texts(stream_of(data_dir, tokenizer), 31)[11:]
     assert finished.stdout.strip() == digest(expected)
+
+
+def test_a_stream_of_one_example_a_row(data_dir: Path, tokenizer: Any) -> None:
+    shared, single = (
+        stream_of(data_dir, tokenizer, examples_per_row=number) for number in (None, 1)
+    )
+    assert (shared.shares_rows, single.shares_rows) == (True, False)
+    rows = list(islice(single, 12))
+    assert all(len(row.tasks) == 1 for row in rows)
+    # The same draws, in rows of their own: a window of 6 gives 6.
+    together = [task for row in islice(shared, 12) for task in row.tasks]
+    assert Counter(task for row in rows for task in row.tasks) == Counter(together[:12])
+    assert single.report.num_examples == single.report.rows == 12

@@ -102,8 +102,8 @@ def test_exchanging_the_results_changes_the_sign(
         assert one.difference.mean == pytest.approx(-other.difference.mean, abs=1e-12)
         assert one.difference.standard_error == pytest.approx(other.difference.standard_error)
         if one.interval is not None and other.interval is not None:
-            # The draws are the same, so the interval is mirrored, up to interpolation of
-            # percentiles.
+            # The draws are the same, so the interval is mirrored,
+            # up to interpolation of percentiles.
             assert one.interval == pytest.approx((-other.interval[1], -other.interval[0]), abs=1e-6)
     assert there.pooled.mcnemar is not None
     assert back.pooled.mcnemar is not None

@@ -23,6 +23,7 @@ from flanmoe.evaluation.suites import (
     evaluate_suite,
     evaluate_tasks,
     limited,
+    load_suite,
     named_suite,
     shares,
 )
@@ -185,25 +186,62 @@ def test_only_the_progress_is_shown(quiz: MakeTask, capfd: pytest.CaptureFixture
     captured = capfd.readouterr()
     assert captured.out == ""
     assert [line.split(":")[0] for line in captured.err.splitlines() if line.strip()] == [
-        "evaluating"
+        "tokenising",
+        "evaluating",
     ]
 
 
-def test_a_suite_from_a_data_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_optional_task_without_data_is_left_out_and_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     _write(tmp_path / "sums" / "test.jsonl", [{"question": "1 + 1?", "answer": "2"}])
-    config = SuiteConfig(tasks=({"name": "sums", "split": "test"}, {"name": "missing"}))
+    gone = str(tmp_path / "gone.jsonl")
+    config = SuiteConfig(
+        tasks=(
+            {"name": "sums", "split": "test"},
+            {"name": "missing", "optional": True},
+            {"name": gone, "optional": True},
+        )
+    )
     found = evaluate_suite(tiny_model("llama"), TOKENIZER, config, data_dir=tmp_path, seeds=SEEDS)
     assert [score.task for score in found.tasks] == ["sums:test"]
     assert found.partial
-    assert [skip.task for skip in found.skipped] == ["missing"]
+    assert [skip.task for skip in found.skipped] == ["missing", gone]
     assert "`missing` is not known" in found.skipped[0].reason
-    assert "The task `missing` is left out of the averages." in capfd.readouterr().err.replace(
-        "\n", " "
-    )
+    said = capfd.readouterr().err
+    assert said.count("The task `missing` is left out of the averages.") == 1
+    assert said.count("Warning: ") == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"name": "exemplars/bbh/snark"}, r"Did you mean `exemplars/bbh/snarks`\?"),
+        ({"name": "exemplars/bhh/*"}, r"Did you mean `exemplars/bbh/\*`\?"),
+        ({"name": "sum"}, r"`sum` is not known\. Did you mean `sums`\?"),
+        ({"name": "sums", "split": "tset"}, r"no split `tset`\. Did you mean `test`\?"),
+        ({"name": "gone.jsonl"}, r"The file gone\.jsonl does not exist"),
+    ],
+)
+def test_a_mistaken_task_is_an_error(task: dict[str, str], message: str, tmp_path: Path) -> None:
+    _write(tmp_path / "sums" / "test.jsonl", [{"question": "1 + 1?", "answer": "2"}])
+    config = SuiteConfig(tasks=({"name": "sums", "split": "test"}, task))
+    with pytest.raises(DataError, match=message):
+        load_suite(config, data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "task", [{"name": "exemplars/bbh/snark"}, {"name": "sums", "split": "tset"}]
+)
+def test_optional_excuses_no_mistake_in_what_is_there(task: dict[str, str], tmp_path: Path) -> None:
+    _write(tmp_path / "sums" / "test.jsonl", [{"question": "1 + 1?", "answer": "2"}])
+    config = SuiteConfig(tasks=({"name": "sums", "split": "test"}, {**task, "optional": True}))
+    with pytest.raises(DataError, match="Did you mean"):
+        load_suite(config, data_dir=tmp_path)
 
 
 def test_a_suite_without_any_data_is_refused(tmp_path: Path) -> None:
-    config = SuiteConfig(tasks=("gone", "away"))
+    config = SuiteConfig(tasks=tuple({"name": name, "optional": True} for name in ("gone", "away")))
     with pytest.raises(
         DataError, match=r"needs data for at least one task, but has it for none of 2: "
     ):

@@ -1,5 +1,5 @@
-"""The embedded model: found without importing its package, converted once, equal to its GGUF
-file."""
+"""The embedded model: found without importing its package, converted once,
+equal to its GGUF file."""
 
 import importlib.util
 import json

@@ -1,5 +1,5 @@
-"""flanmoe's expert compute inside every native sparse model, against transformers' own eager
-forward."""
+"""flanmoe's expert compute inside every native sparse model,
+against transformers' own eager forward."""
 
 import pytest
 import torch

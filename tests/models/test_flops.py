@@ -22,8 +22,8 @@ def _counted_by_torch(name: str, **options) -> int:
 
 
 def _square(name: str, **options) -> int:
-    """Return what the full L by L square of scores costs a token; eager attention computes it
-    all."""
+    """Return what the full L by L square of scores costs a token;
+    eager attention computes it all."""
     widths = attention_widths(tiny_model(name, **options))
     return sum(2 * (keys + values) * _LENGTH for keys, values in widths)
 

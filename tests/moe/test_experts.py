@@ -1,5 +1,7 @@
 """The fast expert compute against the sum that defines it: values, gradients, drops, autocast."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -116,8 +118,8 @@ def test_choices_are_added_in_float32_when_weights_are_bfloat16() -> None:
 
 
 def test_gates_keep_their_float32_precision() -> None:
-    # The product of a bfloat16 gate would lose the 2^-12; the float32 sum keeps it until the final
-    # rounding.
+    # The product of a bfloat16 gate would lose the 2^-12; the float32 sum keeps it until
+    # the final rounding.
     experts = FusedExperts(
         gate_up=torch.ones(2, 2, 1, dtype=torch.bfloat16),
         down=torch.tensor([1.0, -1.0], dtype=torch.bfloat16).view(2, 1, 1),
@@ -185,3 +187,79 @@ def test_all_assignments_dropped_gives_zeros(num_tokens: int) -> None:
     hidden, expert_ids, gates, experts = _random_case(num_tokens=num_tokens)
     found = expert_ffn(hidden, torch.full_like(expert_ids, 4), gates, experts)
     assert torch.equal(found, torch.zeros_like(hidden))
+
+
+def _with_dropout(
+    case: tuple, rate: float, *, seed: int
+) -> tuple[Tensor, dict[tuple[int, int], Tensor]]:
+    """Run the experts with dropout, and draw the mask of every (token, choice) again by hand.
+
+    The generator gives one number for each hidden unit: expert after expert, an expert's tokens in
+    their order.
+    """
+    hidden, expert_ids, gates, experts = case
+    masks: dict[tuple[int, int], Tensor] = {}
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        dropped = dataclasses.replace(experts, hidden_dropout=rate)
+        output = expert_ffn(hidden, expert_ids, gates, dropped)
+        torch.manual_seed(seed)
+        for expert in range(experts.num_experts):
+            visits = (expert_ids == expert).nonzero().tolist()
+            if visits:
+                kept = hidden.new_empty(len(visits), experts.down.shape[2]).bernoulli_(1 - rate)
+                masks |= {
+                    (t, c): row / (1 - rate) for (t, c), row in zip(visits, kept, strict=True)
+                }
+    return output, masks
+
+
+def _masked_sum(case: tuple, masks: dict[tuple[int, int], Tensor]) -> Tensor:
+    """Return the sum over tokens and choices, each visit's hidden units times its mask."""
+    hidden, expert_ids, gates, experts = case
+    rows = [torch.zeros_like(row) for row in hidden]
+    for (token, choice), mask in masks.items():
+        expert = int(expert_ids[token, choice])
+        product = experts.gate_up[expert] @ hidden[token]
+        if experts.gate_up_bias is not None:
+            product = product + experts.gate_up_bias[expert]
+        output = experts.down[expert] @ (experts.combine(product) * mask)
+        if experts.down_bias is not None:
+            output = output + experts.down_bias[expert]
+        if experts.output_norm is not None:
+            output = experts.output_norm(output)
+        rows[token] = rows[token] + gates[token, choice] * output
+    return torch.stack(rows) if rows else torch.zeros_like(hidden)
+
+
+@given(cases(), st.floats(0.05, 0.95), st.integers(0, 2**32))
+def test_dropout_is_a_mask_on_the_hidden_units(case: tuple, rate: float, seed: int) -> None:
+    fast, masks = _with_dropout(case, rate, seed=seed)
+    slow = _masked_sum(case, masks)
+    torch.testing.assert_close(fast, slow)
+    if not slow.requires_grad:
+        return
+    hidden, _, gates, experts = case
+    leaves = _leaves(hidden, gates, experts)
+    for found, expected in zip(_gradients(fast, leaves), _gradients(slow, leaves), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_dropout_is_the_same_for_the_same_seed_where_rows_are_rounded_up() -> None:
+    case = _random_case(num_tokens=300)
+    with torch.autocast("cpu", torch.bfloat16):
+        first, _ = _with_dropout(case, 0.5, seed=1)
+        again, _ = _with_dropout(case, 0.5, seed=1)
+        other, _ = _with_dropout(case, 0.5, seed=2)
+        without = expert_ffn(*case)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    # Half of the units at twice their value: no row is what it was.
+    assert (first != without).any(dim=1).all()
+
+
+def test_without_dropout_nothing_is_drawn() -> None:
+    case = _random_case()
+    before = torch.get_rng_state()
+    expert_ffn(*case)
+    assert torch.equal(torch.get_rng_state(), before)

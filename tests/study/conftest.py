@@ -1,7 +1,9 @@
-"""A report's data as a small quickstart would give it, drawn from a fixed seed."""
+"""A report's data as a small quickstart would give it, drawn from a fixed seed; a tiny model and small sums."""
 
+import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +28,7 @@ from flanmoe.study.report_data import (
     TaskData,
     TaskScore,
 )
+from flanmoe.testing.tiny_models import tiny_model, tiny_tokenizer
 
 _TASKS = (
     "exemplars/bbh/boolean_expressions",
@@ -255,3 +258,23 @@ def two_arms_html(two_arms: ReportData) -> str:
 def two_arms_drawings(two_arms: ReportData) -> tuple[Drawing, ...]:
     """The figures of `two_arms`, drawn once."""
     return drawings(two_arms)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny dense model with its tokenizer, saved."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sums_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small sums as a JSON-lines file."""
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    draws = random.Random(0)
+    pairs = [(draws.randrange(10), draws.randrange(10)) for _ in range(40)]
+    rows = [{"question": f"{a}+{b}?", "answer": str(a + b)} for a, b in pairs]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

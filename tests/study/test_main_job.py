@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -15,11 +14,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from flanmoe.core.errors import RunError
+from flanmoe.core.errors import ConfigError, RunError
 from flanmoe.study.executor import Job
 from flanmoe.study.runner import run_arm, run_study
 from flanmoe.study.study import Study, study_from_mapping
-from flanmoe.testing.tiny_models import tiny_model, tiny_tokenizer
 
 STEPS = 6
 
@@ -37,27 +35,7 @@ class SameProcess:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny dense model with its tokenizer, saved."""
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def task_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small sums as a JSON-lines file."""
-    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
-    draws = random.Random(0)
-    pairs = [(draws.randrange(10), draws.randrange(10)) for _ in range(40)]
-    rows = [{"question": f"{a}+{b}?", "answer": str(a + b)} for a, b in pairs]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture(scope="module")
-def values(base: Path, task_file: Path) -> dict[str, Any]:
+def values(base: Path, sums_file: Path) -> dict[str, Any]:
     """A study of two arms that takes a few seconds."""
     return {
         "name": "tiny",
@@ -65,7 +43,7 @@ def values(base: Path, task_file: Path) -> dict[str, Any]:
         "defaults": {
             "upcycle": {"num_experts": 4, "top_k": 2, "mode": "granular", "granularity": 2},
             "tune": {
-                "data": {"tasks": [{"name": str(task_file)}]},
+                "data": {"tasks": [{"name": str(sums_file)}]},
                 "packing": {"length": 64, "window": 8},
                 "train": {
                     "length": 64,
@@ -155,6 +133,7 @@ def test_a_study_runs_reports_and_answers_in_json(
     assert answer["parameters"]["sparse"]["total"] > answer["parameters"]["dense"]["total"]
     for name in ("report.html", "report.md", "report.json", "recipe.yaml", "versions.json"):
         assert (out / name).stat().st_size > 0
+    _check_peak_memory(out, answer)
 
     planned = json.loads(flanmoe("plan", study_file, "--json").stdout)
     for arm in ("dense", "sparse"):
@@ -162,6 +141,15 @@ def test_a_study_runs_reports_and_answers_in_json(
 
     again = flanmoe("report", out, "--json")
     assert json.loads(again.stdout)["arms"] == answer["arms"]
+
+
+def _check_peak_memory(out: Path, answer: Any) -> None:
+    """The peak is that of the largest child and of the parent beside it, which holds no torch."""
+    (row,) = [json.loads(line) for line in (out / "seconds.jsonl").read_text().splitlines()]
+    results = [json.loads(path.read_text()) for path in out.glob("arms/*/seed-0/*/result.json")]
+    largest = max(result["peak_memory_bytes"] for result in results)
+    assert answer["peak_memory_bytes"] >= largest + row["peak_memory_bytes"]
+    assert 10e6 < row["peak_memory_bytes"] < 150e6 < largest
 
 
 @pytest.mark.slow
@@ -215,14 +203,30 @@ def _wait_until_quiet(folder: Path) -> None:
             return
 
 
-def test_resume_is_refused_in_an_empty_and_in_a_foreign_folder(
-    study_file: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("content", "state"),
+    [
+        (None, "is no run folder. Leave `--resume` out to start there."),
+        ('{"id": "abc"}', "is another program's: it has no `identity`. Choose another folder"),
+        ('{"kind": "Study", "iden', "cannot be read as JSON: Unterminated string"),
+    ],
+    ids=["empty", "foreign", "torn"],
+)
+def test_resume_is_refused_where_no_run_was_started(
+    content: str | None, state: str, study_file: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "empty").mkdir()
-    result = flanmoe("run", study_file, "--out", tmp_path / "empty", "--resume")
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    before = sorted(tmp_path.iterdir())
+    result = flanmoe("run", study_file, "--out", tmp_path, "--resume")
     assert result.returncode == 2
-    assert "`--resume` needs a folder that an earlier run wrote" in result.stderr
+    assert "`--resume` needs a folder that an earlier run wrote, but" in result.stderr
+    assert str(tmp_path) in result.stderr
+    assert state in result.stderr
     assert "Traceback" not in result.stderr
+    assert "unexpected" not in result.stderr
+    # What is not ours stays as it is.
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_folder_of_another_recipe_is_foreign(values: dict[str, Any], tmp_path: Path) -> None:
@@ -256,3 +260,18 @@ def test_mistakes_are_one_sentence_and_status_2(
     assert result.returncode == 2, result.stderr
     assert sentence in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
+
+
+def test_a_study_is_not_run_by_several_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    stage = {"stage": "evaluate", "tasks": ["exemplars/bbh/navigate"]}
+    study = study_from_mapping({"name": "tiny", "model": "gone", "stages": [stage]})
+    with pytest.raises(ConfigError) as caught:
+        run_study(study, tmp_path, executor=SameProcess(), data_dir=None, resume=False)
+    assert str(caught.value) == (
+        "A study runs in 1 process, but torchrun started 2. Run it without torchrun, or tune in "
+        "several processes from Python (`docs/guide/distributed.md`)."
+    )
+    assert not list(tmp_path.iterdir())

@@ -86,6 +86,63 @@ def test_mistakes_are_named_with_their_path(change: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"defaults": ["tune"]},
+            "defaults: must be a mapping of stage kinds to settings, but is ['tune'].",
+        ),
+        (
+            {"defaults": {"tune": 3}},
+            "defaults.tune: must be a mapping of settings to values, but is 3.",
+        ),
+        (
+            {"defaults": {**two_arms()["defaults"], "upcycle": None}},
+            "defaults.upcycle: must be a mapping of settings to values, but is None.",
+        ),
+        ({"profiles": ["q"]}, "profiles: must be a mapping of names to overrides, but is ['q']."),
+        (
+            {"profiles": {"q": 3}},
+            "profiles.q: must be a mapping of dotted keys to values, but is 3.",
+        ),
+    ],
+)
+def test_wrong_shapes_are_named_with_their_path(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        study_from_mapping({**two_arms(), **change}, origin="file.yaml")
+    assert str(caught.value) == f"file.yaml has 1 problem:\n  {message}"
+
+
+def test_defaults_that_no_arm_uses_are_a_mistake() -> None:
+    values = two_arms()
+    del values["arms"]["sparse"]
+    values["defaults"]["upcycle"] = {"num_expert": 4}
+    with pytest.raises(ConfigError) as caught:
+        study_from_mapping(values, origin="file.yaml")
+    assert str(caught.value) == (
+        "file.yaml has 1 problem:\n  defaults.upcycle: has no effect: every arm lacks a stage `upcycle`. "
+        "Take it out, or add the stage."
+    )
+
+
+def test_values_of_a_profile_arrive_as_the_file_has_them() -> None:
+    values = two_arms()
+    values["defaults"]["evaluate"]["limit"] = 5
+    overrides = {
+        "defaults.evaluate.limit": None,
+        "description": "yes: it's {one} sentence",
+        "defaults.tune.data.tasks": [{"name": "exemplars/gsm8k_cot", "cluster": "null"}],
+        "defaults.tune.train.learning_rate": "1e-4",
+    }
+    study = study_from_mapping({**values, "profiles": {"whole": overrides}}, profile="whole")
+    tune, evaluate = study.arms["dense"].stages
+    assert evaluate.limit is None
+    assert study.description == "yes: it's {one} sentence"
+    assert tune.data.tasks[0].cluster == "null"
+    assert tune.train.learning_rate == 1e-4
+
+
 def test_all_mistakes_are_reported_at_once() -> None:
     changes = ["arms.dense.stages.0.train.steps=-1", "nmae=x", "seeds=[]"]
     with pytest.raises(ConfigError, match=r"file\.yaml has 3 problems") as caught:

@@ -1,5 +1,5 @@
-"""Tiny models repeat, leave the global generator alone, and hide no zeros; the tokenizer fits
-them."""
+"""Tiny models repeat, leave the global generator alone, and hide no zeros;
+the tokenizer fits them."""
 
 import pytest
 import torch

@@ -59,9 +59,11 @@ def random_examples(number: int, *, shortest: int, longest: int, seed: int = 0) 
 def packed_rows() -> Callable[..., list[Packed]]:
     """Rows of `length` tokens, each of one to three examples and a little padding."""
 
-    def rows(number: int, *, length: int = 24, seed: int = 0) -> list[Packed]:
+    def rows(
+        number: int, *, length: int = 24, seed: int = 0, most_in_a_row: int | None = None
+    ) -> list[Packed]:
         examples = random_examples(4 * number, shortest=length // 4, longest=length - 3, seed=seed)
-        found = pack(examples, length=length, padding=0)
+        found = pack(examples, length=length, padding=0, most_in_a_row=most_in_a_row)
         order = np.random.default_rng(seed).permutation(len(found))
         return [found[index] for index in order[:number]]
 

@@ -35,6 +35,10 @@ def arguments(folder: Path, **values: Any) -> TrainingArguments:
         ({"precision": "float16"}, "precision: Input should be 'bfloat16' or 'float32'"),
         ({"router": {"scope": "all"}}, "router.scope: Input should be 'sequence', 'global'"),
         ({"router": {"z_coefficient": -1}}, "router.z_coefficient: Input should be greater than"),
+        ({"freeze": ["gates"]}, "freeze.0: Input should be 'gate', 'experts', 'moe', 'non_moe' or"),
+        ({"freeze": ["moe", "moe"]}, "freeze: must name each preset once, but found `moe` more"),
+        ({"expert_dropout": 1}, "expert_dropout: Input should be less than 1, but is 1."),
+        ({"expert_dropout": -0.1}, "expert_dropout: Input should be greater than or equal to 0"),
         ({"learning_rat": 1}, "learning_rat: unknown key `learning_rat`. Did you mean `learning_"),
     ],
 )

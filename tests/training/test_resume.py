@@ -42,6 +42,20 @@ KILLED = {
         2,
     ),
     "dense, after the last": ("kill_before_removal", 7, "llama", {}, 7),
+    "frozen gate, expert dropout": (
+        "kill",
+        5,
+        "mixtral",
+        {"scope": "lagged", "freeze": ["gate", "attention"], "expert_dropout": 0.3},
+        4,
+    ),
+    "frozen non-MoE, while writing": (
+        "kill_in_checkpoint",
+        4,
+        "mixtral",
+        {"scope": "global", "freeze": ["non_moe"], "expert_dropout": 0.3},
+        2,
+    ),
 }
 
 

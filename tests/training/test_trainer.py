@@ -29,6 +29,7 @@ Rows = Callable[..., list[Packed]]
 
 # Large, so that the router losses are a fair part of the gradient.
 ROUTER = {"balance_coefficient": 0.5, "z_coefficient": 0.1}
+EVERY_LOSS = {**ROUTER, "importance_coefficient": 0.3}
 CUTS = (1, 2, 8)
 INVARIANT = ("sequence", "global", "lagged")
 
@@ -73,7 +74,12 @@ def reports_of(
 
 
 def written_out_loss(
-    model: PreTrainedModel, rows: list[Packed], *, balance: float, z: float
+    model: PreTrainedModel,
+    rows: list[Packed],
+    *,
+    balance: float = 0.0,
+    importance: float = 0.0,
+    z: float = 0.0,
 ) -> torch.Tensor:
     """All rows at once, all logits, every sum by the book. T tokens, E experts."""
     batch = collate(rows)
@@ -95,6 +101,9 @@ def written_out_loss(
         chosen = F.one_hot(expert_ids[real], num_experts).sum(dim=1).double()
         product = chosen.mean(dim=0) * kept.softmax(dim=1).mean(dim=0)
         loss = loss + balance * num_experts * product.sum() / len(returned)
+        sums = kept.softmax(dim=1).sum(dim=0)
+        variation = sums.var(correction=0) / sums.mean().square()
+        loss = loss + importance * variation / len(returned)
         loss = loss + z * kept.logsumexp(dim=1).square().mean() / len(returned)
     return loss
 
@@ -104,26 +113,29 @@ def test_gradients_equal_those_of_the_written_out_loss(
     name: str, gradients_of: Runner, packed_rows: Rows
 ) -> None:
     model, rows = tiny_model(name).double(), packed_rows(8)
-    written_out_loss(model, rows, balance=0.5, z=0.1).backward()
+    written_out_loss(model, rows, balance=0.5, importance=0.3, z=0.1).backward()
     expected = {key: value.grad.clone() for key, value in model.named_parameters()}
     model.zero_grad()
-    (found,) = gradients_of(model, rows, rows_per_step=8, micro_batch_rows=2, router=ROUTER)
+    (found,) = gradients_of(model, rows, rows_per_step=8, micro_batch_rows=2, router=EVERY_LOSS)
     assert relative_difference(found, expected) < 1e-9
 
 
 def test_reported_losses_equal_the_written_out_ones(tmp_path: Path, packed_rows: Rows) -> None:
     model, rows = sparse(), packed_rows(4)
     with torch.no_grad():
-        plain = float(written_out_loss(model, rows, balance=0.0, z=0.0))
-        balance = float(written_out_loss(model, rows, balance=1.0, z=0.0)) - plain
-        z = float(written_out_loss(model, rows, balance=0.0, z=1.0)) - plain
-    _, (report,) = reports_of(tmp_path, model, rows, rows_per_step=4, router=ROUTER)
+        plain = float(written_out_loss(model, rows))
+        balance = float(written_out_loss(model, rows, balance=1.0)) - plain
+        importance = float(written_out_loss(model, rows, importance=1.0)) - plain
+        z = float(written_out_loss(model, rows, z=1.0)) - plain
+    _, (report,) = reports_of(tmp_path, model, rows, rows_per_step=4, router=EVERY_LOSS)
     assert report.router is not None
     expected = {
-        "loss": plain + 0.5 * balance + 0.1 * z,
+        "loss": plain + 0.5 * balance + 0.3 * importance + 0.1 * z,
         "loss/cross_entropy": plain,
         "router/balance_raw": balance,
         "router/balance_weighted": 0.5 * balance,
+        "router/importance_raw": importance,
+        "router/importance_weighted": 0.3 * importance,
         "router/z_raw": z,
         "router/z_weighted": 0.1 * z,
     }
@@ -134,12 +146,13 @@ def test_reported_losses_equal_the_written_out_ones(tmp_path: Path, packed_rows:
         assert int(counts.sum()) == 2 * report.totals.real_tokens
 
 
+@pytest.mark.parametrize("convention", ["t5x", "mesh_tf"])
 @pytest.mark.parametrize("scope", INVARIANT)
 def test_gradients_do_not_depend_on_how_a_step_is_cut(
-    scope: str, gradients_of: Runner, packed_rows: Rows
+    scope: str, convention: str, gradients_of: Runner, packed_rows: Rows
 ) -> None:
     rows = packed_rows(16)
-    router = {**ROUTER, "scope": scope}
+    router = {**EVERY_LOSS, "scope": scope, "convention": convention}
     runs = [
         gradients_of(sparse(), rows, steps=2, rows_per_step=8, micro_batch_rows=cut, router=router)
         for cut in CUTS
@@ -202,7 +215,7 @@ def examples_of(rows: list[Packed]) -> list[TokenizedExample]:
 
 @pytest.mark.parametrize("scope", INVARIANT)
 def test_padding_changes_no_gradient(scope: str, gradients_of: Runner, packed_rows: Rows) -> None:
-    rows, router = packed_rows(8), {**ROUTER, "scope": scope}
+    rows, router = packed_rows(8), {**EVERY_LOSS, "scope": scope}
     settings = {"steps": 2, "rows_per_step": 4, "micro_batch_rows": 2, "router": router}
     expected = gradients_of(sparse(), rows, **settings)
     found = gradients_of(sparse(), [padded(row, 9) for row in rows], **settings)
@@ -212,7 +225,7 @@ def test_padding_changes_no_gradient(scope: str, gradients_of: Runner, packed_ro
 
 @pytest.mark.parametrize("scope", ["sequence", "global"])
 def test_packing_changes_no_gradient(scope: str, gradients_of: Runner, packed_rows: Rows) -> None:
-    rows, router = packed_rows(4), {**ROUTER, "scope": scope}
+    rows, router = packed_rows(4), {**EVERY_LOSS, "scope": scope}
     alone = [pack([example], length=24, padding=0)[0] for example in examples_of(rows)]
     assert len(alone) > len(rows)
     (expected,) = gradients_of(
@@ -268,7 +281,7 @@ def test_the_counting_pass_leaves_the_random_state_alone(tmp_path: Path, packed_
     assert losses[0].cross_entropy == losses[1].cross_entropy == losses[2].cross_entropy
     assert losses[0].router is not None
     assert losses[1].router is not None
-    assert losses[0].router.z_raw == losses[1].router.z_raw
+    assert losses[0].router.raw["z"] == losses[1].router.raw["z"]
 
 
 def test_dropout_is_on_in_training(tmp_path: Path, packed_rows: Rows) -> None:
@@ -297,8 +310,8 @@ def test_no_pass_is_made_for_a_loss_that_is_off(tmp_path: Path, packed_rows: Row
     _, (report,) = reports_of(tmp_path, sparse(), packed_rows(4), rows_per_step=4, router=router)
     assert report.counted_tokens == 0
     assert report.router is not None
-    assert report.router.balance_raw > 1
-    assert report.router.balance_weighted == 0
+    assert report.router.raw["balance"] > 1
+    assert report.router.weighted["balance"] == 0
 
 
 def test_lagged_uses_the_counts_of_the_step_before(tmp_path: Path, packed_rows: Rows) -> None:
@@ -468,6 +481,8 @@ def test_the_model_is_given_back_as_it_was(tmp_path: Path, packed_rows: Rows) ->
 def test_router_config_defaults() -> None:
     assert RouterLossConfig().to_mapping() == {
         "balance_coefficient": 0.01,
+        "importance_coefficient": 0.0,
         "z_coefficient": 0.001,
+        "convention": "t5x",
         "scope": "global",
     }

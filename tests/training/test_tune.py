@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from flanmoe.core.errors import RunError
+from flanmoe.core.errors import ModelError, RunError
 from flanmoe.core.rundir import RunDir
 from flanmoe.core.seeds import SeedTree
 from flanmoe.data.example import Packed
@@ -163,3 +163,27 @@ def test_weights_move_as_in_float32(name: str, tmp_path: Path, packed_rows: Rows
     assert (found != 0).float().mean() > 0.95
     cosine = torch.nn.functional.cosine_similarity(exact, found, dim=0)
     assert float(cosine) >= 0.99
+
+
+def test_rows_that_leak_are_refused_before_the_first_step(
+    tmp_path: Path, packed_rows: Rows
+) -> None:
+    model = tiny_model("gpt_oss")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ModelError, match=r"in GptOssForCausalLM moved by .*examples_per_row: 1"):
+        run(model, packed_rows(8), tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_one_example_a_row_trains_what_leaks(
+    tmp_path: Path, packed_rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unasked(model: PreTrainedModel) -> None:
+        raise AssertionError("Rows of one example need no check.")
+
+    monkeypatch.setattr("flanmoe.training.trainer.require_packing_without_leak", unasked)
+    rows = packed_rows(4, most_in_a_row=1)
+    values = {"steps": 10, "learning_rate": 3e-3, "schedule": "constant"}
+    result = run(tiny_model("gpt_oss"), rows, tmp_path, **values)
+    assert result.final_loss < result.loss_history[0].loss - 0.5

@@ -1,10 +1,6 @@
-"""Two processes (gloo, DDP) take the same step as one. FSDP and DeepSpeed are refused, not tested."""
+"""Two processes (gloo, DDP) take the same step as one. Sharding is in `test_fsdp.py`."""
 
-import os
 import pickle
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,38 +18,6 @@ from flanmoe.training.trainer import SparseTrainer
 SCRIPT = Path(__file__).parent / "scripts" / "one_of_two.py"
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def run_both(scope: str, folder: Path) -> None:
-    shared = {
-        **os.environ,
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    command = [sys.executable, str(SCRIPT), scope, str(folder / "rows"), str(folder / "out.pt")]
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        out, errors = process.communicate(timeout=180)
-        assert process.returncode == 0, errors[-3000:]
-        assert out == ""
-
-
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("scope", ["global", "lagged", "sequence"])
 def test_gradients_equal_those_of_one_process(
@@ -61,10 +25,11 @@ def test_gradients_equal_those_of_one_process(
     tmp_path: Path,
     packed_rows: Callable[..., list[Packed]],
     gradients_of: Callable[..., list[dict[str, torch.Tensor]]],
+    in_two_processes: Callable[..., None],
 ) -> None:
     rows = packed_rows(16)
     (tmp_path / "rows").write_bytes(pickle.dumps(rows))
-    run_both(scope, tmp_path)
+    in_two_processes(SCRIPT, scope, tmp_path / "rows", tmp_path / "out.pt")
     found = torch.load(tmp_path / "out.pt")
     router = {"balance_coefficient": 0.5, "z_coefficient": 0.1, "scope": scope}
     expected = gradients_of(
@@ -81,25 +46,21 @@ def test_gradients_equal_those_of_one_process(
             assert float(difference) < 1e-10, name
 
 
-def test_sharding_is_refused(
+@pytest.mark.parametrize("outside", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "fsdp"])
+def test_other_sharding_is_refused(
+    outside: str,
     tmp_path: Path,
     packed_rows: Callable[..., list[Packed]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    created = SparseTrainer.create_accelerator_and_postprocess
-
-    def sharded(trainer: SparseTrainer) -> None:
-        created(trainer)
-        trainer.is_fsdp_enabled = True
-
-    monkeypatch.setattr(SparseTrainer, "create_accelerator_and_postprocess", sharded)
+    arguments = training_arguments(TuneConfig(), tmp_path, SeedTree(0))
+    if outside == "fsdp":
+        arguments.fsdp = True
+    else:
+        monkeypatch.setenv(outside, "true")
     with pytest.raises(ConfigError) as caught:
-        SparseTrainer(
-            tiny_model("mixtral"),
-            training_arguments(TuneConfig(), tmp_path, SeedTree(0)),
-            stream=FixedRows(packed_rows(1)),
-        )
+        SparseTrainer(tiny_model("mixtral"), arguments, stream=FixedRows(packed_rows(1)))
     assert str(caught.value) == (
-        "Tuning runs in one process or with data parallelism (torchrun), but FSDP or DeepSpeed is "
-        "switched on; sharded checkpoints are not supported yet. Launch without it."
+        "Tuning spreads a model by itself where `sharding: fsdp` is set, but FSDP or DeepSpeed is "
+        "switched on from outside, which is not supported. Launch with torchrun and without it."
     )

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from flanmoe.cli.options import AsJson, DataDir
+from flanmoe.cli.options import AsJson, DataDir, split_option
 from flanmoe.cli.output import machine_output
 
 
@@ -14,7 +14,7 @@ def inspect(
         list[str] | None,
         typer.Option(help="A task whose examples are sent through the model. Repeatable."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of tasks from the data folder.")] = "train",
+    split: Annotated[str | None, split_option("train")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Examples of each task.")] = 32,
     data_dir: DataDir = None,
     as_json: AsJson = False,

@@ -8,7 +8,8 @@ import json
 import os
 import sys
 import traceback
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 from typer import rich_utils
@@ -17,6 +18,7 @@ from flanmoe.cli.chat import chat
 from flanmoe.cli.data import data_app
 from flanmoe.cli.eval import evaluate
 from flanmoe.cli.inspect import inspect
+from flanmoe.cli.output import Refusal
 from flanmoe.cli.plan import plan
 from flanmoe.cli.quickstart import quickstart
 from flanmoe.cli.report import report
@@ -82,6 +84,8 @@ def invoke(arguments: list[str]) -> int:
         # Typed for click's own errors; typer raises its subclasses of this one.
         rich_utils.rich_format_error(error)  # pyright: ignore[reportArgumentType]
         return _fail(error.format_message(), 2, arguments, shown=True)
+    except Refusal as error:
+        return _fail(str(error), error.exit_code, arguments, told=error.told)
     except FlanmoeError as error:
         return _fail(str(error), error.exit_code, arguments)
     except BrokenPipeError:
@@ -98,9 +102,17 @@ def invoke(arguments: list[str]) -> int:
         return _fail(sentence, 1, arguments)
 
 
-def _fail(message: str, status: int, arguments: list[str], *, shown: bool = False) -> int:
+def _fail(
+    message: str,
+    status: int,
+    arguments: list[str],
+    *,
+    shown: bool = False,
+    told: Mapping[str, Any] | None = None,
+) -> int:
     if not shown:
         print(f"Error: {message}" if status != 130 else message, file=sys.stderr)
     if "--json" in arguments:
-        print(json.dumps({"error": message, "exit_status": status}, ensure_ascii=False))
+        said = {**(told or {}), "error": message, "exit_status": status}
+        print(json.dumps(said, ensure_ascii=False))
     return status

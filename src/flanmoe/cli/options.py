@@ -1,9 +1,12 @@
 """Options that several verbs share, so that they read the same everywhere."""
 
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from flanmoe.core.errors import ConfigError
 
 AsJson = Annotated[
     bool,
@@ -34,3 +37,32 @@ Overrides = Annotated[
 Profile = Annotated[
     str | None, typer.Option("--profile", help="A named set of changes from the file's `profiles`.")
 ]
+
+
+def split_option(default: str) -> Any:
+    """Return the option `--split`; `default` is taken for tasks that have splits."""
+    return typer.Option(
+        "--split", help="Split of tasks from the data folder or the hub.", show_default=default
+    )
+
+
+def refuse_without_effect(context: typer.Context, *, used: Collection[str], beside: str) -> None:
+    """Refuse what the user wrote on the command line although it means nothing beside something else.
+
+    A value from the environment is not meant for one command and passes.
+
+    Args:
+        context: of the command.
+        used: parameters that do mean something, as Python spells them.
+        beside: what makes the others meaningless, for the message.
+
+    Raises:
+        ConfigError: names the first one.
+    """
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        if name not in used and source is not None and source.name == "COMMANDLINE":
+            written = parameter.opts[0]
+            spelled = written if written.startswith("-") else written.upper()
+            raise ConfigError(f"`{spelled}` has no effect beside {beside}. Leave it out.")

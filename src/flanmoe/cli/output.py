@@ -3,19 +3,35 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+from flanmoe.core.errors import UserError
+
 Emit = Callable[[Any], None]
+
+
+class Refusal(UserError):
+    """A mistake of the user about which machines are told more than the sentence.
+
+    Args:
+        message: the sentence.
+        told: what `--json` prints with it, in one object.
+    """
+
+    def __init__(self, message: str, told: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.told = dict(told)
 
 
 @contextmanager
 def machine_output(enabled: bool) -> Iterator[Emit]:
     """Keep stdout for one JSON object, whatever libraries print meanwhile.
 
-    While the block runs, file descriptor 1 points at stderr, so that prints of C code land there too. The
-    function that is yielded writes its argument to the real stdout when `enabled`, and does nothing else.
+    While the block runs, Python's stdout and file descriptor 1 point at stderr, so that prints of C code
+    land there too. The function that is yielded writes its argument to the real stdout when `enabled`, and
+    does nothing else.
     """
     if not enabled:
         yield lambda value: None
@@ -24,7 +40,8 @@ def machine_output(enabled: bool) -> Iterator[Emit]:
     real = os.dup(1)
     os.dup2(2, 1)
     try:
-        yield lambda value: _write(real, value)
+        with redirect_stdout(sys.stderr):
+            yield lambda value: _write(real, value)
     finally:
         sys.stdout.flush()
         os.dup2(real, 1)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from flanmoe.cli.options import AsJson, DataDir, Overrides, Profile
-from flanmoe.cli.output import machine_output
+from flanmoe.cli.output import Refusal, machine_output
 
 
 def plan(
@@ -25,13 +25,13 @@ def plan(
     Example: flanmoe plan recipes/quickstart.yaml --set defaults.tune.train.length=2048
     """
     from flanmoe.core.console import show_table
-    from flanmoe.core.errors import UserError
     from flanmoe.study.plan import plan_study, plan_table
     from flanmoe.study.study import load_study
 
     with machine_output(as_json) as emit:
         planned = plan_study(load_study(file, overrides=overrides or [], profile=profile), data_dir)
         show_table(plan_table(planned))
-        emit(planned.to_mapping())
         if planned.refusals:
-            raise UserError("This will not fit: " + " ".join(planned.refusals))
+            sentence = "This will not fit: " + " ".join(planned.refusals)
+            raise Refusal(sentence, planned.to_mapping())
+        emit(planned.to_mapping())

@@ -13,7 +13,9 @@ def quickstart(
     minutes: Annotated[
         float,
         typer.Option(
-            min=0.1, help="Budget: scales tuning steps and evaluation questions from 15 minutes."
+            min=0.1,
+            help="Budget: scales the tuning steps from those of 15 minutes; below 15, the evaluation "
+            "questions too.",
         ),
     ] = 15.0,
     out: OutputDir = None,
@@ -29,9 +31,9 @@ def quickstart(
 
     Example: flanmoe quickstart --minutes 5 --out runs/five-minutes
     """
-    from flanmoe.study.main_job import quickstart_study, run_and_report
+    from flanmoe.study.launch import run_quickstart
 
     with machine_output(as_json) as emit:
-        study = quickstart_study(minutes=minutes, overrides=overrides or [])
-        result = run_and_report(study, out or Path("runs/quickstart"), data_dir=None, resume=resume)
+        folder = out or Path("runs/quickstart")
+        result = run_quickstart(folder, minutes=minutes, overrides=overrides or [], resume=resume)
         emit({**result, **result["arms"]})

@@ -31,13 +31,16 @@ def run(
 
     Example: flanmoe run recipes/quickstart.yaml --set defaults.tune.train.steps=8 --out runs/short
     """
-    from flanmoe.study.main_job import run_and_report
-    from flanmoe.study.study import load_study
+    from flanmoe.study.launch import run_file
 
     with machine_output(as_json) as emit:
-        study = load_study(file, overrides=overrides or [], profile=profile)
         emit(
-            run_and_report(
-                study, out or Path("runs") / study.name, data_dir=data_dir, resume=resume
+            run_file(
+                file,
+                out,
+                overrides=overrides or [],
+                profile=profile,
+                data_dir=data_dir,
+                resume=resume,
             )
         )

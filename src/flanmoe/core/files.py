@@ -13,6 +13,7 @@ from typing import Any
 from flanmoe.core.errors import DiskError
 
 _TAIL_BYTES = 65536
+_PARTIAL_FOLDER = ".partial"
 
 
 @contextmanager
@@ -45,6 +46,52 @@ def _full(path: Path, error: Exception) -> str:
         f"Writing {path} failed: {error}. {free:.1f} GiB are free there. Free some space or choose "
         "another folder with `--out`; what was finished before is kept and `--resume` goes on from it."
     )
+
+
+@contextmanager
+def whole_folder(folder: Path, *, marker: str) -> Generator[Path]:
+    """Yield a folder to write into; its files then become those of `folder`, the one named `marker` last.
+
+    So a folder that holds its marker is complete: a full disk leaves nothing behind, and a kill nothing
+    that has the marker. What stood in `folder` before is replaced.
+
+    Raises:
+        DiskError: if the disk is full or the folder cannot be written.
+    """
+    with disk_errors(folder):
+        is_new = not folder.exists()
+        partial = folder / _PARTIAL_FOLDER
+        _empty(folder, first=marker)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            # Renamed inside `folder`, which may be the top of a disk and so cannot be renamed itself.
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == marker):
+                _flush(path)
+                os.replace(path, folder / path.name)
+            partial.rmdir()
+        except BaseException:
+            (folder / marker).unlink(missing_ok=True)
+            shutil.rmtree(folder if is_new else partial, ignore_errors=True)
+            raise
+
+
+def _empty(folder: Path, *, first: str) -> None:
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir(), key=lambda path: path.name != first):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -25,6 +25,12 @@ def peak_memory_bytes() -> int:
     return usage if sys.platform == "darwin" else usage * 1024
 
 
+def peak_memory_of_children_bytes() -> int:
+    """Return the largest peak of the child processes that have ended, each since its own last reset."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024
+
+
 def resident_memory_bytes() -> int:
     """Return the resident set size in bytes now."""
     if _STATUS.exists():

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from flanmoe.core import files
 from flanmoe.core.cache import fingerprint
@@ -142,10 +142,27 @@ def _check_resumable(path: Path, marker: Path, identity: str) -> None:
             f"`--resume` needs a folder that an earlier run wrote, but {path} "
             f"{'is no run folder' if path.exists() else 'does not exist'}. Leave `--resume` out to start there."
         )
-    written = files.read_json_file(marker)["identity"]
+    written = _written_identity(path, marker)
     if written != identity:
         raise RunError(
             f"`--resume` needs the recipe that {path} was started with, but this one differs "
             f"(its hash is {identity}, the folder's is {written}). "
             f"Compare with {path / 'recipe.yaml'}, or choose another folder with `--out`."
         )
+
+
+def _written_identity(path: Path, marker: Path) -> str:
+    """Return the hash of the recipe that a folder was started with."""
+    try:
+        content: Any = files.read_json_file(marker)
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"`--resume` needs a folder that an earlier run wrote, but the {_MARKER} of {path} cannot be "
+            f"read as JSON: {error}. Choose another folder with `--out`, and leave `--resume` out."
+        ) from error
+    if not isinstance(content, dict) or "identity" not in content:
+        raise RunError(
+            f"`--resume` needs a folder that an earlier run wrote, but the {_MARKER} of {path} is another "
+            "program's: it has no `identity`. Choose another folder with `--out`, and leave `--resume` out."
+        )
+    return str(cast("dict[str, Any]", content)["identity"])

@@ -28,8 +28,8 @@ def render_chat(example: Example, renderer: Renderer, tokenizer: Tokenizer, task
         task: name of the task, kept with the result.
 
     Raises:
-        DataError: if the template does not keep the model's turn apart, or there is no end-of-text
-            token.
+        DataError: if the template does not keep the model's turn apart, or there is no
+            end-of-text token.
     """
     user, answer = renderer(example)
     exchange = Exchange(user=user, response=answer.strip())

@@ -36,8 +36,8 @@ class Example:
     metadata: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def content_hash(self) -> str:
-        """Hash of what the example asks and answers; equal for equal examples from different
-        sources.
+        """Hash of what the example asks and answers;
+        equal for equal examples from different sources.
 
         Kept with a trained model, so that a later evaluation can mark what the model has seen.
         """

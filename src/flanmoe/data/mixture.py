@@ -1,12 +1,12 @@
 """A mixture: tasks with rates, and the draw that turns an index into an example.
 
 Rates follow examples-proportional mixing with a cap and a temperature (Raffel et al., 2020, section
-3.5.2; Wei et al., 2022): task i is drawn with probability proportional to min(size_i, cap_i) ** (1
-/ temperature).
+3.5.2; Wei et al., 2022): task i is drawn with probability proportional to
+min(size_i, cap_i) ** (1 / temperature).
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -30,8 +30,7 @@ class MixtureConfig(Config):
         tasks: the tasks; each a mapping, or just its name.
         temperature: 1 keeps the rates as they are, larger values even them out.
         maximum_per_task: cap on the size that a task counts with, where the task sets no cap of its
-            own.
-            It limits the rate only: every example is still drawn once an epoch.
+            own. It limits the rate only: every example is still drawn once an epoch.
     """
 
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
@@ -112,8 +111,8 @@ class Mixture:
         return sum(task.size for task in self.tasks)
 
     def draw(self, index: int, *, counts: Mapping[str, int]) -> Draw:
-        """Return the `index`-th draw: a function of the seed, the index and the counts, of nothing
-        else.
+        """Return the `index`-th draw: a function of the seed, the index and the counts,
+        of nothing else.
 
         The task follows from the index. Within a task each epoch is a seeded permutation, so that
         every example is drawn once before any is drawn again.
@@ -133,13 +132,15 @@ class Mixture:
         """Return the drawn example."""
         return self.tasks[draw.task].examples[draw.row]
 
+    def drawn(self, counts: Mapping[str, int]) -> Iterator[Draw]:
+        """Yield a draw of each example that is drawn when tasks have been drawn this often."""
+        for position, task in enumerate(self.tasks):
+            for row in self._order(position, 0)[: counts.get(task.name, 0)]:
+                yield Draw(task=position, epoch=0, row=int(row))
+
     def drawn_hashes(self, counts: Mapping[str, int]) -> frozenset[str]:
         """Return the content hashes of all examples drawn when tasks have been drawn this often."""
-        found: set[str] = set()
-        for position, task in enumerate(self.tasks):
-            order = self._order(position, 0)[: counts.get(task.name, 0)]
-            found.update(task.examples[int(row)].content_hash() for row in order)
-        return frozenset(found)
+        return frozenset(self.example(draw).content_hash() for draw in self.drawn(counts))
 
     def _order(self, position: int, epoch: int) -> Int[np.ndarray, " N"]:
         kept = self._orders.get(position)

@@ -1,9 +1,9 @@
 """Packing: token sequences of several examples side by side in rows of one length.
 
-Every example is a segment. Its positions restart at 0, and no attention mask is made: native
-transformers decoders read the restarts and keep segments apart (without a cache). Rows are filled
-by best-fit decreasing (Johnson, 1973): the longest example first, each into the row that it fills
-best.
+Every example is a segment. Its positions restart at 0, and no attention mask is made: most native
+transformers decoders read the restarts and keep segments apart (without a cache); which ones do not
+is found by `flanmoe.models.packing`. Rows are filled by best-fit decreasing (Johnson, 1973): the
+longest example first, each into the row that it fills best.
 """
 
 from bisect import bisect_left, insort
@@ -33,11 +33,14 @@ class PackingConfig(Config):
         on_too_long: what happens to an example with more tokens than a row: `drop` and count it,
             `truncate` its end and count it (dropped where nothing of the response would be left),
             or stop with an `error`.
+        examples_per_row: how many examples may share a row; None for as many as fit. With 1 nothing
+            is packed, which every decoder can be trained with and which leaves much padding.
     """
 
     length: int = Field(default=1024, ge=2)
     window: int = Field(default=128, ge=1)
     on_too_long: Literal["drop", "truncate", "error"] = "drop"
+    examples_per_row: int | None = Field(default=None, ge=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +179,7 @@ def tokenize(rendered: Rendered, tokenizer: Tokenizer) -> TokenizedExample:
     """Encode prompt and response as one text; the loss mask follows the loss spans.
 
     A token enters the loss when all of its characters lie in a loss span. One that straddles the
-    border
-    between prompt and response belongs to the prompt: the model is given it.
+    border between prompt and response belongs to the prompt: the model is given it.
 
     Raises:
         DataError: if the tokenizer gives no character offsets.
@@ -205,8 +207,8 @@ def _loss_mask(
     mask = np.zeros(len(offsets), dtype=np.bool_)
     reached = 0
     for index, (start, end) in enumerate(offsets):
-        # Byte-level tokenizers leave the space before a word out of its offsets; it belongs to the
-        # token.
+        # Byte-level tokenizers leave the space before a word out of its offsets; it belongs to
+        # the token.
         first = min(start, reached)
         mask[index] = any(begin <= first and end <= stop for begin, stop in spans)
         reached = max(reached, end)
@@ -250,12 +252,14 @@ def _fitted(
     return None, TaskCounts(dropped=1)
 
 
-def assign_rows(lengths: Sequence[int], *, capacity: int) -> list[list[int]]:
+def assign_rows(
+    lengths: Sequence[int], *, capacity: int, most_in_a_row: int | None = None
+) -> list[list[int]]:
     """Best-fit decreasing: return the indices that share each row.
 
     Longest first, equal lengths in the order given; each goes into the row with the least space
-    that is still enough, the oldest of several such rows. Indices within a row ascend, and rows are
-    ordered by their first index.
+    that is still enough, the oldest of several such rows. A row that holds `most_in_a_row` is
+    closed. Indices within a row ascend, and rows are ordered by their first index.
 
     Raises:
         ValueError: if a length is not between 1 and `capacity`.
@@ -274,22 +278,31 @@ def assign_rows(lengths: Sequence[int], *, capacity: int) -> list[list[int]]:
         else:
             space, row = spaces.pop(place)
         rows[row].append(index)
-        insort(spaces, (space - length, row))
+        if len(rows[row]) != most_in_a_row:
+            insort(spaces, (space - length, row))
     return sorted(sorted(row) for row in rows)
 
 
-def pack(examples: Sequence[TokenizedExample], *, length: int, padding: int = 0) -> list[Packed]:
+def pack(
+    examples: Sequence[TokenizedExample],
+    *,
+    length: int,
+    padding: int = 0,
+    most_in_a_row: int | None = None,
+) -> list[Packed]:
     """Put examples into as few rows of `length` tokens as best-fit decreasing finds.
 
     Args:
         examples: none longer than `length` (see `fit`).
         length: tokens in a row.
         padding: the token id that fills up rows.
+        most_in_a_row: how many examples may share a row; None for as many as fit.
 
     Raises:
         ValueError: if an example is empty or longer than `length`.
     """
-    rows = assign_rows([len(example) for example in examples], capacity=length)
+    lengths = [len(example) for example in examples]
+    rows = assign_rows(lengths, capacity=length, most_in_a_row=most_in_a_row)
     return [
         packed_row([examples[index] for index in row], length=length, padding=padding)
         for row in rows

@@ -7,8 +7,9 @@ task had been drawn before it. Everything else is computed again.
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from flanmoe.core.cache import fingerprint
@@ -16,13 +17,14 @@ from flanmoe.core.errors import DataError, RunError
 from flanmoe.core.seeds import SeedTree
 from flanmoe.data.chat import render_chat
 from flanmoe.data.example import Packed
-from flanmoe.data.mixture import Mixture
+from flanmoe.data.mixture import Draw, Mixture
 from flanmoe.data.packing import (
     PackingConfig,
     PackingReport,
     TokenizedExample,
+    assign_rows,
     fit,
-    pack,
+    packed_row,
     report_from_state,
     tokenize,
 )
@@ -43,20 +45,30 @@ class _WindowStart:
         first_row: rows that all windows before it gave, over all ranks.
         counts: draws of each task before it.
         report: what had been packed before it.
+        num_dropped: how many different examples had been left out before it.
     """
 
     window: int
     first_row: int
     counts: dict[str, int]
     report: PackingReport
+    num_dropped: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A packed row and the content hashes of the examples that stand in it."""
+
+    packed: Packed
+    content_hashes: tuple[str, ...]
 
 
 class PackedStream:
     """Endless iterator over packed rows, the same for the same seed, tasks and settings.
 
-    With several ranks, row r of the whole stream goes to rank r % world_size. Every rank computes
-    every window, so that counts, report and hashes are those of the whole stream and equal on all
-    ranks.
+    With several ranks, row r of the whole stream goes to rank r % world_size. Every rank
+    computes every window, so that counts, report and hashes are those of the whole stream and
+    equal on all ranks.
 
     Args:
         mixture: what to draw from.
@@ -89,7 +101,10 @@ class PackedStream:
         self._tokenizer = tokenizer
         self._seeds = seeds
         self._identity = self._fingerprint()
-        self._start_at(_WindowStart(window=0, first_row=0, counts={}, report=PackingReport()))
+        nothing = _WindowStart(
+            window=0, first_row=0, counts={}, report=PackingReport(), num_dropped=0
+        )
+        self._start_at(nothing, dropped=())
 
     def __iter__(self) -> Iterator[Packed]:
         return self
@@ -98,6 +113,11 @@ class PackedStream:
         rows = [self._next_row() for _ in range(self.world_size)]
         self.rows_given += 1
         return rows[self.rank]
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether a row may hold more than one example."""
+        return self.config.examples_per_row != 1
 
     @property
     def report(self) -> PackingReport:
@@ -112,13 +132,25 @@ class PackedStream:
         """
         return self.mixture.drawn_hashes(self._counts)
 
+    @property
+    def row_hashes(self) -> frozenset[str]:
+        """Content hashes of the examples that stand in the rows given so far, over all ranks."""
+        found = {
+            self.mixture.example(draw).content_hash()
+            for draw in self.mixture.drawn(self._starts[-1].counts)
+            if self._place(draw) not in self._dropped
+        }
+        return frozenset(found).union(
+            *(row.content_hashes for row in self._rows[: self._given_of_window])
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the row given last, as plain JSON types."""
         return self.state_after(self.rows_given)
 
     def state_after(self, rows: int) -> dict[str, Any]:
-        """Return the position after `rows` rows of this rank, counted from the beginning of
-        training.
+        """Return the position after `rows` rows of this rank,
+        counted from the beginning of training.
 
         A loader reads ahead of the training step; the state to save is that of the rows trained on.
 
@@ -142,14 +174,15 @@ class PackedStream:
             "first_row": start.first_row,
             "counts": dict(start.counts),
             "report": start.report.model_dump(mode="json"),
+            "dropped": [list(place) for place in islice(self._dropped, start.num_dropped)],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a position, so that the next row is the one that followed it.
 
         Raises:
-            RunError: if the position was written for other tasks, settings, seed or number of
-                ranks.
+            RunError: if the position was written for other tasks, settings, seed or
+                number of ranks.
         """
         if state["identity"] != self._identity or state["world_size"] != self.world_size:
             raise RunError(
@@ -158,24 +191,28 @@ class PackedStream:
                 f"{state['world_size']}, here {self._identity} x {self.world_size}). Resume with "
                 "the recipe and data that the run was started with."
             )
-        self._start_at(
-            _WindowStart(
-                window=int(state["window"]),
-                first_row=int(state["first_row"]),
-                counts={name: int(count) for name, count in state["counts"].items()},
-                report=report_from_state(state["report"]),
-            )
+        dropped = [(str(task), int(row)) for task, row in state["dropped"]]
+        start = _WindowStart(
+            window=int(state["window"]),
+            first_row=int(state["first_row"]),
+            counts={name: int(count) for name, count in state["counts"].items()},
+            report=report_from_state(state["report"]),
+            num_dropped=len(dropped),
         )
+        self._start_at(start, dropped=dropped)
         self.rows_given = int(state["rows"])
         for _ in range(self.rows_given * self.world_size - int(state["first_row"])):
             self._next_row()
 
-    def _start_at(self, start: _WindowStart) -> None:
+    def _start_at(self, start: _WindowStart, *, dropped: Iterable[tuple[str, int]]) -> None:
         self._starts: deque[_WindowStart] = deque([start], maxlen=_KEPT_WINDOWS)
         self._window = start.window
         self._counts = dict(start.counts)
         self._report = start.report
-        self._rows: list[Packed] = []
+        # Task and row of each example left out, in the order of their first draw: an example is
+        # too long every time.
+        self._dropped = dict.fromkeys(dropped)
+        self._rows: list[_Row] = []
         self._given_of_window = 0
         self._global_row = start.first_row
         self.rows_given = start.first_row // self.world_size
@@ -191,7 +228,7 @@ class PackedStream:
                 )
             self._open_window()
             fruitless = 0 if self._rows else fruitless + self.config.window
-        row = self._rows[self._given_of_window]
+        row = self._rows[self._given_of_window].packed
         self._given_of_window += 1
         self._global_row += 1
         self._report = self._report + PackingReport.of_rows([row])
@@ -203,24 +240,52 @@ class PackedStream:
             first_row=self._global_row,
             counts=dict(self._counts),
             report=self._report,
+            num_dropped=len(self._dropped),
         )
         if self._starts[-1].window == start.window:
             self._starts.pop()
         self._starts.append(start)
-        examples, report = fit(self._draw_window(), self.config)
-        rows = pack(examples, length=self.config.length, padding=padding_id(self._tokenizer))
+        rows = self._packed(self._fitting_window())
         order = self._seeds.child("rows", self._window).numpy().permutation(len(rows))
         self._rows = [rows[position] for position in order]
         self._given_of_window = 0
-        self._report = self._report + report
         self._window += 1
 
-    def _draw_window(self) -> list[TokenizedExample]:
-        first = self._window * self.config.window
-        return [self._draw(index) for index in range(first, first + self.config.window)]
+    def _packed(self, examples: Sequence[TokenizedExample]) -> list[_Row]:
+        """The same rows as `pack` makes, each with the hashes of its examples."""
+        length, padding = self.config.length, padding_id(self._tokenizer)
+        assigned = assign_rows(
+            [len(example) for example in examples],
+            capacity=length,
+            most_in_a_row=self.config.examples_per_row,
+        )
+        rows = [[examples[index] for index in indices] for indices in assigned]
+        return [
+            _Row(
+                packed_row(row, length=length, padding=padding),
+                tuple(example.content_hash for example in row),
+            )
+            for row in rows
+        ]
 
-    def _draw(self, index: int) -> TokenizedExample:
-        draw = self.mixture.draw(index, counts=self._counts)
+    def _fitting_window(self) -> list[TokenizedExample]:
+        """Draw a window; return the examples that fit in a row, and count the others."""
+        first = self._window * self.config.window
+        examples: list[TokenizedExample] = []
+        for index in range(first, first + self.config.window):
+            draw = self.mixture.draw(index, counts=self._counts)
+            fitting, report = fit([self._tokenized(draw)], self.config)
+            if report.tasks:
+                self._report = self._report + report
+            if not fitting:
+                self._dropped.setdefault(self._place(draw))
+            examples += fitting
+        return examples
+
+    def _place(self, draw: Draw) -> tuple[str, int]:
+        return self.mixture.tasks[draw.task].name, draw.row
+
+    def _tokenized(self, draw: Draw) -> TokenizedExample:
         task = self.mixture.tasks[draw.task]
         self._counts[task.name] = self._counts.get(task.name, 0) + 1
         example = self.mixture.example(draw)

@@ -171,6 +171,11 @@ class Task:
         return tuple(examples), tuple(rejected)
 
 
+def num_rejected(tasks: Sequence[Task]) -> dict[str, int]:
+    """Return how many records were left out of each task that lacks some."""
+    return {task.name: len(task.rejected) for task in tasks if task.rejected}
+
+
 def load_task(config: TaskConfig, *, data_dir: Path | None = None) -> Task:
     """Find the source of one task. Its examples are read when they are first asked for.
 

@@ -1,9 +1,8 @@
 """Two results over the same examples, compared example by example.
 
-Both models answered the same questions, so the difference is taken per example first: what makes an
-    example
-hard is the same on both sides and drops out, and the error of the mean difference is usually much
-smaller than that of either score (Miller 2024, arXiv 2411.00640).
+Both models answered the same questions, so the difference is taken per example first: what makes
+an example hard is the same on both sides and drops out, and the error of the mean difference is
+usually much smaller than that of either score (Miller 2024, arXiv 2411.00640).
 """
 
 from collections import Counter

@@ -84,10 +84,8 @@ def encode_pair(
     """Tokenise a context and its continuation together, exactly as training does.
 
     Nothing is added: a rendered prompt already holds the special tokens of its chat template. A
-        token that
-    straddles the border counts as context (`flanmoe.data.packing.tokenize`), unless the whole
-    continuation
-    lies in it: then it is what gets scored.
+    token that straddles the border counts as context (`flanmoe.data.packing.tokenize`), unless the
+    whole continuation lies in it: then it is what gets scored.
 
     Args:
         tokenizer: a fast tokenizer.

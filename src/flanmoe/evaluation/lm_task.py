@@ -8,7 +8,7 @@ token, so they share one forward pass.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Protocol, final
@@ -61,8 +61,7 @@ class HeldOutTask(HarnessTask):
     """Examples of one task for `lm_eval.evaluator.evaluate`: zero-shot, nothing downloaded.
 
     Metrics per example: `loss` (nats per token of the reference answer), and where there are
-        choices
-    `accuracy` and `chance` (1 / number of choices).
+    choices `accuracy` and `chance` (1 / number of choices).
 
     Args:
         task: where the name and the rendering come from.
@@ -78,15 +77,15 @@ class HeldOutTask(HarnessTask):
     def __init__(
         self,
         task: Task,
-        examples: Sequence[Example],
+        examples: Iterable[Example],
         *,
         tokenizer: Tokenizer,
         encode: Encoder,
         training_hashes: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
-        # Not through the constructor: lm-eval 0.4.13 takes the mapping given there for the task's
-        # name.
+        # Not through the constructor: lm-eval 0.4.13 takes the mapping given there for the
+        # task's name.
         self._config = HarnessTaskConfig(task=task.name, num_fewshot=0, output_type="loglikelihood")
         self._name = task.name
         self._training_hashes = training_hashes

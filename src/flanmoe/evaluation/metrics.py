@@ -57,8 +57,8 @@ def estimate_mean(
 def _clustered_error(values: np.ndarray, clusters: Sequence[Hashable]) -> float | None:
     """Cluster-robust standard error of a mean (Liang & Zeger 1986; for evaluations arXiv 2411.00640).
 
-    The factor G / (G - 1) for G clusters makes it the usual error where every value is its own
-    cluster.
+    The factor G / (G - 1) for G clusters makes it the usual error where every value is its
+    own cluster.
     """
     if len(clusters) != len(values):
         raise ValueError(
@@ -98,9 +98,9 @@ def macro_average(estimates: Sequence[Estimate]) -> Estimate:
 def chance_normalised(score: float, chance: float) -> float:
     """Return 100 (score - chance) / (100 - chance): 0 is guessing, 100 is perfect, below 0 is worse.
 
-    Both are in percent. This is the normalisation behind the averages of Chung et al. (arXiv
-    2210.11416) and FLAN-MoE (arXiv 2305.14705): each task's score first, then the average over
-    tasks.
+    Both are in percent. This is the normalisation behind the averages of Chung et al.
+    (arXiv 2210.11416) and FLAN-MoE (arXiv 2305.14705): each task's score first, then the average
+    over tasks.
 
     Raises:
         DataError: if `chance` is 100 or more, where no score can be better than guessing.

@@ -29,8 +29,8 @@ class ExampleRecord(Config):
         key: name of the example within its task.
         content_hash: hash of what the example asks and answers; the same in every prompt format.
         prompt_hash: hash of the rendered prompt and reference answer.
-        loss: negative log-likelihood of the reference answer, nats per token, end-of-turn token
-            included.
+        loss: negative log-likelihood of the reference answer, nats per token,
+            end-of-turn token included.
         num_tokens: tokens of the reference answer that the loss is over.
         choice_scores: log-likelihood of each choice in nats; empty where the answer is free.
         predicted: index of the likeliest choice (the first of equals), None without choices.
@@ -82,8 +82,8 @@ class TaskScore(Config):
     Attributes:
         task: its name.
         cluster: the group of tasks that it belongs to.
-        headline: over the examples that the model has not seen; over all where it has seen every
-            one.
+        headline: over the examples that the model has not seen; over all where it has seen
+            every one.
         only_seen: True where the headline is over seen examples for want of others.
         seen: scores over the seen examples, None where there are none.
         num_examples: examples evaluated.

@@ -13,12 +13,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flanmoe.core.config import Config
-from flanmoe.core.console import warn
+from flanmoe.core.console import Advance, progress, warn
 from flanmoe.core.errors import ConfigError, DataError
 from flanmoe.core.names import listing, nearest_name_hint
 from flanmoe.core.rundir import versions
 from flanmoe.core.seeds import SeedTree
 from flanmoe.data.example import Example
+from flanmoe.data.sources.finding import AbsentDataError
 from flanmoe.data.tasks import Task, TaskConfig, expand, load_task
 from flanmoe.evaluation.averages import average
 from flanmoe.evaluation.lm import HeldOutLM, Precision, build_lm, quiet_lm_eval
@@ -27,12 +28,23 @@ from flanmoe.evaluation.model_hash import model_hash
 from flanmoe.evaluation.results import ExampleRecord, SkippedTask, SuiteResult
 
 
+class SuiteTask(TaskConfig):
+    """A task to score on.
+
+    Attributes:
+        optional: leave the task out, and say so in the result, where its folder or file is not there
+            at all. Any other mistake, such as an unknown split or exemplar task, stays an error.
+    """
+
+    optional: bool = False
+
+
 class SuiteConfig(Config):
     """Which tasks a model is scored on, and how.
 
     Attributes:
-        tasks: the tasks; each a mapping, or just its name. `family/*` stands for all tasks of a
-            family.
+        tasks: the tasks; each a mapping, or just its name. `family/*` stands for all tasks of
+            a family.
         limit: most examples in all, the same share of every task; a task that has fewer leaves the
             rest to the others. Which ones is drawn from the seed, and a larger limit keeps those of
             a smaller one. Without it every example is used.
@@ -40,7 +52,7 @@ class SuiteConfig(Config):
         precision: `float32` computes in the type of the weights, `bfloat16` under autocast.
     """
 
-    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    tasks: tuple[SuiteTask, ...] = Field(min_length=1)
     limit: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=8, ge=1)
     precision: Precision = "float32"
@@ -50,7 +62,7 @@ class SuiteConfig(Config):
 _SUITES: Mapping[str, tuple[str, ...]] = {"held-out": ("exemplars/bbh/*",)}
 
 
-def named_suite(name: str) -> tuple[TaskConfig, ...]:
+def named_suite(name: str) -> tuple[SuiteTask, ...]:
     """Return the tasks of a suite that flanmoe knows by name.
 
     Raises:
@@ -61,7 +73,7 @@ def named_suite(name: str) -> tuple[TaskConfig, ...]:
             f"The suite `{name}` is not known.{nearest_name_hint(name, _SUITES)} "
             f"Known: {listing(_SUITES)}."
         )
-    return tuple(TaskConfig(name=task) for task in _SUITES[name])
+    return tuple(SuiteTask(name=task) for task in _SUITES[name])
 
 
 def evaluate_suite(
@@ -75,24 +87,26 @@ def evaluate_suite(
 ) -> SuiteResult:
     """Score a model on the tasks of a suite.
 
-    A task without data is left out; the result names it and is marked partial.
+    An optional task without data is left out with a warning; the result names it and is marked partial.
 
     Args:
-        model: a causal language model, dense or sparse; its mode and weights are as before
-            afterwards.
+        model: a causal language model, dense or sparse; its mode and weights are as
+            before afterwards.
         tokenizer: its fast tokenizer.
         config: the suite.
         data_dir: the data folder; without it FLANMOE_DATA.
-        seeds: where the draw of a limited suite comes from. Results compare only for the same
-            seeds.
+        seeds: where the draw of a limited suite comes from. Results compare only for
+            the same seeds.
         training_hashes: content hashes of what the model was trained on (`read_training_hashes`).
 
     Raises:
-        DataError: if no task has data, or if a record of one cannot be read.
+        DataError: if a task that is not optional is not known, no task has data, or a record cannot
+            be read.
         ConfigError: if a task comes twice, or the limit leaves a task without an example.
         ModelError: if the model's likelihoods are no numbers.
     """
     tasks, skipped = load_suite(config, data_dir=data_dir)
+    warn_of_skipped(skipped)
     result = evaluate_tasks(
         model, tokenizer, tasks, config=config, seeds=seeds, training_hashes=training_hashes
     )
@@ -102,10 +116,12 @@ def evaluate_suite(
 def load_suite(
     config: SuiteConfig, *, data_dir: Path | None
 ) -> tuple[list[Task], list[SkippedTask]]:
-    """Return the tasks that have data, and those that have none with the reason.
+    """Return the tasks that have data, and the optional ones that have none with the reason.
+
+    Prints nothing: a suite is loaded to be planned and again to be scored (see `warn_of_skipped`).
 
     Raises:
-        DataError: if no task has data.
+        DataError: if a task that is not optional is not known, or no task has data.
         ConfigError: if a task comes twice.
     """
     tasks: list[Task] = []
@@ -113,9 +129,10 @@ def load_suite(
     for task in config.tasks:
         try:
             tasks += [load_task(single, data_dir=data_dir) for single in expand([task])]
-        except DataError as error:
+        except AbsentDataError as error:
+            if not task.optional:
+                raise
             skipped.append(SkippedTask(task=task.identity, reason=str(error)))
-            warn(f"The task `{task.identity}` is left out of the averages. {error}")
     if not tasks:
         raise DataError(
             f"A suite needs data for at least one task, but has it for none of {len(skipped)}: "
@@ -123,6 +140,12 @@ def load_suite(
         )
     _check_names(tasks)
     return tasks, skipped
+
+
+def warn_of_skipped(skipped: Sequence[SkippedTask]) -> None:
+    """Print one warning for each task that is left out."""
+    for skip in skipped:
+        warn(f"The task `{skip.task}` is left out of the averages. {skip.reason}")
 
 
 def evaluate_tasks(
@@ -139,16 +162,7 @@ def evaluate_tasks(
     with _mode_kept(model), quiet_lm_eval():
         start = time.monotonic()
         lm = build_lm(model, tokenizer, batch_size=config.batch_size, precision=config.precision)
-        held_out = {
-            task.name: HeldOutTask(
-                task,
-                examples,
-                tokenizer=lm.tokenizer,
-                encode=lm.encode,
-                training_hashes=training_hashes,
-            )
-            for task, examples in zip(tasks, chosen, strict=True)
-        }
+        held_out = _held_out(tasks, chosen, lm, training_hashes)
         records = run(lm, held_out)
         seconds = time.monotonic() - start
     averages = average(records, {task.name: task.cluster for task in tasks})
@@ -169,6 +183,31 @@ def evaluate_tasks(
         versions=versions(),
         examples=tuple(records),
     )
+
+
+def _held_out(
+    tasks: Sequence[Task],
+    chosen: Sequence[Sequence[Example]],
+    lm: HeldOutLM,
+    training_hashes: frozenset[str],
+) -> dict[str, HeldOutTask]:
+    held_out: dict[str, HeldOutTask] = {}
+    with progress("tokenising", total=sum(map(len, chosen)), unit="examples") as advance:
+        for task, examples in zip(tasks, chosen, strict=True):
+            held_out[task.name] = HeldOutTask(
+                task,
+                _counted(examples, advance, note=task.name),
+                tokenizer=lm.tokenizer,
+                encode=lm.encode,
+                training_hashes=training_hashes,
+            )
+    return held_out
+
+
+def _counted(examples: Sequence[Example], advance: Advance, *, note: str) -> Iterator[Example]:
+    for example in examples:
+        yield example
+        advance(note=note)
 
 
 def run(lm: HeldOutLM, tasks: Mapping[str, HeldOutTask]) -> list[ExampleRecord]:

@@ -2,9 +2,9 @@
 
 A sparse block is a module with two children: *experts*, which hold their matrices fused into 3-D
 parameters, and a *router*, which turns hidden states into (logits, gates, expert ids). No list of
-model types is kept (DESIGN 5.1). What transformers' experts modules say about their own
-layout is read in `ExpertLayout` here and in `experts_interface`, and what a router does is measured
-on random inputs; nothing else in flanmoe looks into foreign sparse modules.
+model types is kept (DESIGN 5.1). What transformers' experts modules say about their own layout is
+read in `ExpertLayout` here and in `experts_interface`, and what a router does is measured on
+random inputs; nothing else in flanmoe looks into foreign sparse modules.
 """
 
 import copy
@@ -13,14 +13,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from flanmoe.core.errors import ModelError
 from flanmoe.core.names import listing
-from flanmoe.moe.block import ExpertWeights, MoEBlock, RouterOutput
+from flanmoe.moe.block import ExpertWeights, MoEBlock
+from flanmoe.moe.layer import SparseFFN, SparseFFNBlock
+from flanmoe.moe.routing import Routing
 
 _NUM_PROBE_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class RouterOutput:
+    """What a native router module returned. T tokens, E experts, k choices a token."""
+
+    logits: Float[Tensor, "T E"]
+    gates: Float[Tensor, "T k"]
+    expert_ids: Int[Tensor, "T k"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +40,8 @@ class ExpertLayout:
 
     Attributes:
         transposed: matrices are stored as (input, output), not as (output, input).
-        interleaved: gate and up alternate along the fused axis; otherwise all gate units come
-            first.
+        interleaved: gate and up alternate along the fused axis; otherwise all gate units
+            come first.
         biased: every matrix has a bias.
     """
 
@@ -119,13 +130,22 @@ class NativeBlock:
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
 
-    def router_output(self, returned: Any) -> RouterOutput:
-        """Read what the router module's forward returned: (logits, gates, expert ids)."""
-        logits, gates, expert_ids = returned
-        return RouterOutput(
-            logits=logits.reshape(-1, logits.shape[-1]),
-            gates=gates.reshape(-1, gates.shape[-1]),
-            expert_ids=expert_ids.reshape(-1, expert_ids.shape[-1]),
+    def routing(
+        self,
+        returned: Any,
+        *,
+        valid: Bool[Tensor, " T"] | None = None,
+        segments: Int[Tensor, " T"] | None = None,
+    ) -> Routing:
+        """Read what the router module's forward returned: (logits, gates, expert ids).
+
+        Gates are detached: the router losses need the gradient through the logits alone, and an
+        operation with a gradient here would save tensors inside a checkpointed region, which the
+        recompute then misses.
+        """
+        logits, gates, expert_ids = (tensor.reshape(-1, tensor.shape[-1]) for tensor in returned)
+        return Routing.from_top_k(
+            logits, expert_ids, gates.detach(), valid=valid, segments=segments
         )
 
     def _parameter(self, name: str) -> Tensor:
@@ -168,6 +188,9 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
     """
     blocks: list[MoEBlock] = []
     for name, module in model.named_modules():
+        if isinstance(module, SparseFFN):
+            blocks.append(SparseFFNBlock.of(module, name=name, layer=_layer_number(name)))
+            continue
         for experts in module.children():
             if _holds_fused_experts(experts):
                 blocks.append(_native_block(name, module, experts))

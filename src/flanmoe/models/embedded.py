@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from flanmoe.core.cache import cached_folder
-from flanmoe.core.console import say
+from flanmoe.core.console import progress, say
 from flanmoe.core.errors import ModelError
 
 EMBEDDED_NAME = "smollm2-135m-instruct"
@@ -34,8 +34,8 @@ _CONVERSION = 1
 
 
 def embedded_model_path() -> Path:
-    """Return the folder of the embedded model's checkpoint and tokenizer, converting it the first
-    time.
+    """Return the folder of the embedded model's checkpoint and tokenizer,
+    converting it the first time.
 
     Raises:
         ModelError: if a package that it needs is not installed; names the command that brings it.
@@ -67,15 +67,19 @@ def _gguf_file() -> Path:
 def _convert(weights: Path, folder: Path) -> None:
     say(f"Converting {EMBEDDED_NAME} into a checkpoint in the cache (once, about 20 seconds).")
     place = str(weights.parent)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        place, gguf_file=weights.name, dtype=torch.float32
-    )
-    tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=weights.name)
-    tokenizer.model_max_length = loaded.config.max_position_embeddings
-    model = _clean(loaded)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    _check_saved(loaded, folder, tokenizer)
+    with progress(f"converting {EMBEDDED_NAME}", total=4, unit="parts") as advance:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            place, gguf_file=weights.name, dtype=torch.float32
+        )
+        advance(note="weights read")
+        tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=weights.name)
+        tokenizer.model_max_length = loaded.config.max_position_embeddings
+        advance(note="tokenizer read")
+        _clean(loaded).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        advance(note="saved")
+        _check_saved(loaded, folder, tokenizer)
+        advance(note="checked")
 
 
 def _clean(loaded: PreTrainedModel) -> LlamaForCausalLM:

@@ -14,6 +14,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from flanmoe.moe.experts import FusedExperts, expert_ffn
 
 EXPERTS_IMPLEMENTATION = "flanmoe"
+# Attribute of an experts module that holds its rate of expert dropout; see `expert_dropout`.
+HIDDEN_DROPOUT = "flanmoe_hidden_dropout"
 
 
 def fused_experts(module: Any) -> FusedExperts:
@@ -35,7 +37,18 @@ def fused_experts(module: Any) -> FusedExperts:
         gate_up_bias=first_bias,
         down_bias=module.down_proj_bias if module.has_bias else None,
         output_norm=module.post_expert_norm if module.has_post_expert_norm else None,
+        hidden_dropout=hidden_dropout(module) if module.training else 0.0,
     )
+
+
+def hidden_dropout(module: Any) -> float:
+    """Return the rate of expert dropout that an experts module trains with, 0 if none was set."""
+    return getattr(module, HIDDEN_DROPOUT, 0.0)
+
+
+def experts_implementation(module: Any) -> str:
+    """Return the name under which a transformers experts module looks up its forward."""
+    return module.config._experts_implementation
 
 
 def experts_forward(

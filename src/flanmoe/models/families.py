@@ -67,8 +67,8 @@ class Family:
     Attributes:
         dense_type, sparse_type: transformers' model types.
         limits: options with the only value that can be carried over.
-        also_read: options that the dense class reads although its configuration does not declare
-            them.
+        also_read: options that the dense class reads although its configuration does not
+            declare them.
         sparse_values: gives the options that make the model sparse.
         native_every: whether the sparse class can leave some layers dense.
     """
@@ -81,8 +81,8 @@ class Family:
     native_every: bool = False
 
     def site_parameters(self, layer: int) -> dict[str, str]:
-        """Return the names of the FFN's parameters in one layer, by matrix (`gate`, `up`,
-        `down`)."""
+        """Return the names of the FFN's parameters in one layer,
+        by matrix (`gate`, `up`, `down`)."""
         return {
             matrix: f"model.layers.{layer}.mlp.{matrix}_proj.weight"
             for matrix in ("gate", "up", "down")
@@ -104,9 +104,9 @@ class Family:
     def sparse_config(self, dense: PreTrainedConfig, shape: SparseShape) -> PreTrainedConfig:
         """Return the configuration of the sparse model.
 
-        RoPE settings, head sizes, norms, token ids, tied embeddings, attention biases and windows
-        are carried over. transformers' own auxiliary loss is switched off: router losses are the
-        trainer's.
+        RoPE settings, head sizes, norms, token ids, tied embeddings, attention biases and
+        windows are carried over. transformers' own auxiliary loss is switched off: router losses
+        are the trainer's.
 
         Raises:
             ModelError: if the sparse class cannot express an option of the dense model.

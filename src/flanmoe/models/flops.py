@@ -39,8 +39,8 @@ class FlopCount(Config):
 
     @property
     def training(self) -> float:
-        """A training step's operations for one token: the backward pass costs two forward
-        passes."""
+        """A training step's operations for one token:
+        the backward pass costs two forward passes."""
         return 3 * self.total
 
 

@@ -35,8 +35,8 @@ def resolve_reference(reference: str) -> str:
     """Return a folder or a hub id for a reference; the embedded model becomes its cache folder.
 
     Raises:
-        ModelError: if the reference reads like a folder that is not there, or is a folder without a
-            model.
+        ModelError: if the reference reads like a folder that is not there, or is a folder
+            without a model.
     """
     if reference == EMBEDDED_NAME:
         return str(embedded_model_path())
@@ -76,8 +76,8 @@ def load_model(reference: str, *, dtype: torch.dtype = torch.float32) -> PreTrai
     Experts run flanmoe's compute, and routers stay in float32 under autocast.
 
     Raises:
-        ModelError: if it cannot be loaded, is not a causal language model, or its files lack
-            weights.
+        ModelError: if it cannot be loaded, is not a causal language model, or its files
+            lack weights.
     """
     config = load_config(reference)
     with _one_sentence(reference, "weights"):

@@ -7,9 +7,9 @@ backward pass begins:
 
 - weights 4, gradients 4 and moments 8 bytes a parameter;
 - autocast's bfloat16 copies of all matrices, which the backward pass needs: 2 bytes each;
-- activations: what autograd saves for each token (`saved_bytes_per_token`), what the loss makes of
-  the logits, and the gradients of the embedding and of a head tied to it, which wait for each
-  other;
+- activations: what autograd saves for each token (`saved_bytes_per_token`), what the loss makes
+  of the logits, and the gradients of the embedding and of a head tied to it, which wait for
+  each other;
 - the runtime: Python, torch, transformers and what they import, and what kernels keep.
 """
 
@@ -146,8 +146,8 @@ def _linear_inputs(
     }
     if precision == "bfloat16":
         return sum(linear.values())
-    # Without casts, layers that read the same tensor keep it once. Output projections read their
-    # own.
+    # Without casts, layers that read the same tensor keep it once. Output projections read
+    # their own.
     own = [linear.pop(name) for name in ("o_proj", "down_proj") if name in linear]
     return sum(own) + sum(set(linear.values()))
 
@@ -167,8 +167,8 @@ def _norm_width(name: str, child: nn.Module, siblings: dict[str, nn.Module]) -> 
 
 
 def _bytes_per_logit(precision: Precision) -> int:
-    # The logits as computed, a float32 copy, log-probabilities, and the gradient of the float32
-    # ones.
+    # The logits as computed, a float32 copy, log-probabilities, and the gradient of the
+    # float32 ones.
     return _COMPUTE_BYTES[precision] + 3 * _FLOAT32
 
 

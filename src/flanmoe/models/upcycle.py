@@ -4,18 +4,17 @@ Every FFN that becomes sparse is replaced by experts made from its own matrices 
 random rows. Four ways of making the experts:
 
 - `granular`: an expert is one of `granularity` slices of the FFN. Experts e*g to e*g+g-1 form a
-group that
-  holds every slice once and shares one router row, so that a token's choices always complete whole
-  FFNs. With top_k = granularity the sparse model does the dense one's work, no more. Exact at step
-  0.
+  group that holds every slice once and shares one router row, so that a token's choices always
+  complete whole FFNs. With top_k = granularity the sparse model does the dense one's work, no
+  more. Exact at step 0.
 - `copy`: every expert is the whole FFN (sparse upcycling, arXiv 2212.05055). Exact at step 0.
 - `noise`: copies with Gaussian noise, so that experts differ at once.
-- `drop`: copies in which a share of the intermediate units is drawn anew (Drop-Upcycling, arXiv
-2502.19261).
+- `drop`: copies in which a share of the intermediate units is drawn anew (Drop-Upcycling,
+  arXiv 2502.19261).
 
-Grouped router rows are the "virtual groups" of arXiv 2410.07524 (released in Megatron-Core). There
-the scale of the output is spread over all three matrices; here it is on `down` alone (see
-`_granular_expert`).
+Grouped router rows are the "virtual groups" of arXiv 2410.07524 (released in Megatron-Core).
+There the scale of the output is spread over all three matrices; here it is on `down` alone
+(see `_granular_expert`).
 """
 
 import copy
@@ -56,8 +55,8 @@ class UpcycleConfig(Config):
         granularity: `granular` only: slices of the FFN. An expert is 1/granularity of its width.
         every: layer i becomes sparse iff `i % every == every - 1`.
         noise_std: `noise` only: standard deviation of the noise, in units of each matrix's own.
-        drop_fraction: `drop` only: share of the intermediate units of each expert that is drawn
-            anew.
+        drop_fraction: `drop` only: share of the intermediate units of each expert that is
+            drawn anew.
         router_std: standard deviation of the router's random rows.
     """
 
@@ -130,9 +129,9 @@ def sparse_config(dense: PreTrainedConfig, config: UpcycleConfig) -> PreTrainedC
 def upcycle(dense: PreTrainedModel, config: UpcycleConfig, seeds: SeedTree) -> PreTrainedModel:
     """Return a new sparse model made from `dense`, which stays as it is.
 
-    The result is in the native class of its family (Mixtral, Qwen2-MoE, Qwen3-MoE), in the dense
-    model's dtype, on the CPU, in evaluation mode. Memory: the dense and the sparse weights, and one
-    expert.
+    The result is in the native class of its family (Mixtral, Qwen2-MoE, Qwen3-MoE), in the
+    dense model's dtype, on the CPU, in evaluation mode. Memory: the dense and the sparse weights,
+    and one expert.
 
     Args:
         dense: a model of a known family with floating-point weights.
@@ -205,9 +204,8 @@ def _copy_shared(
 def _silence(block: nn.Module) -> None:
     """Set all of a new sparse block to zero; what is not then filled is a shared expert.
 
-    With all its matrices at zero it adds nothing, gets no gradient, and so never will: the model is
-        what
-    was asked for although the class insists on a shared expert.
+    With all its matrices at zero it adds nothing, gets no gradient, and so never will: the model
+    is what was asked for although the class insists on a shared expert.
     """
     for parameter in block.parameters():
         parameter.zero_()
@@ -242,8 +240,8 @@ def granular_slice(whole: ExpertWeights, index: int, num_slices: int) -> ExpertW
     """Return one of `num_slices` slices of an FFN, its output multiplied by `num_slices`.
 
     A group's slices are chosen together with equal gates. Over the m = top_k / num_slices chosen
-    groups the gates sum to 1, so each slice of group j has the gate w_j / num_slices with sum_j w_j
-    = 1, and the factor makes the sum over slices w_j times the whole FFN.
+    groups the gates sum to 1, so each slice of group j has the gate w_j / num_slices with
+    sum_j w_j = 1, and the factor makes the sum over slices w_j times the whole FFN.
 
     The factor is on `down` alone: the FFN is linear in it, and a power of two costs no precision.
     It cannot be on `gate`, which sits inside the activation (SiLU(a x) is not a SiLU(x)), and its
@@ -257,8 +255,8 @@ def granular_slice(whole: ExpertWeights, index: int, num_slices: int) -> ExpertW
 
 
 def with_noise(whole: ExpertWeights, noise_std: float, generator: torch.Generator) -> ExpertWeights:
-    """Return a copy whose matrices carry noise of `noise_std` times their own standard
-    deviation."""
+    """Return a copy whose matrices carry noise of `noise_std` times
+    their own standard deviation."""
 
     def noisy(matrix: Float[Tensor, "R C"]) -> Float[Tensor, "R C"]:
         noise = torch.randn(matrix.shape, generator=generator).to(matrix)
@@ -291,8 +289,8 @@ def with_redrawn_units(
 def step0_max_abs_diff(
     dense: PreTrainedModel, sparse: PreTrainedModel, input_ids: Int[Tensor, "B L"]
 ) -> float:
-    """Return the largest absolute difference between two models' logits, in float32, without
-    dropout."""
+    """Return the largest absolute difference between two models' logits,
+    in float32, without dropout."""
     differences: list[Tensor] = []
     with torch.no_grad(), _float32_evaluation(dense), _float32_evaluation(sparse):
         for row in input_ids.split(1):
@@ -335,9 +333,8 @@ def check_step0(
 def _float32_evaluation(model: PreTrainedModel) -> Iterator[None]:
     """Turn dropout off and raise the weights to float32 for a while; lower precisions come back.
 
-    Only parameters: RoPE's buffers are float32 in models of any dtype and must not be rounded on
-        the
-    way back.
+    Only parameters: RoPE's buffers are float32 in models of any dtype and must not be rounded
+    on the way back.
     """
     training = model.training
     dtypes = [(parameter, parameter.dtype) for parameter in model.parameters()]

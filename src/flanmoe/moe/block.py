@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from flanmoe.moe.routing import Routing
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,15 +21,6 @@ class ExpertWeights:
     down_bias: Float[Tensor, " H"] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RouterOutput:
-    """What a router module returned, in one form. T tokens, E experts, k choices a token."""
-
-    logits: Float[Tensor, "T E"]
-    gates: Float[Tensor, "T k"]
-    expert_ids: Int[Tensor, "T k"]
-
-
 @runtime_checkable
 class MoEBlock(Protocol):
     """A sparse block: a router module and an experts module.
@@ -37,7 +30,7 @@ class MoEBlock(Protocol):
         layer: number of the transformer layer that holds it.
         router: the module that scores tokens; forward hooks on it see every routing decision.
         experts: the module that holds and computes the experts.
-        num_experts, top_k: counts.
+        num_experts, top_k: counts; `top_k` is 0 where experts choose their tokens.
         hidden_size, expert_width: sizes of one expert.
         norm_top_k: whether the gates of the chosen experts are renormalised to sum to 1.
     """
@@ -60,6 +53,12 @@ class MoEBlock(Protocol):
         """Overwrite one expert's matrices in place."""
         ...
 
-    def router_output(self, returned: Any) -> RouterOutput:
-        """Read what the router module's forward returned."""
+    def routing(
+        self,
+        returned: Any,
+        *,
+        valid: Bool[Tensor, " T"] | None = None,
+        segments: Int[Tensor, " T"] | None = None,
+    ) -> Routing:
+        """Read what the router module's forward returned for these tokens."""
         ...

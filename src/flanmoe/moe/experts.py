@@ -22,7 +22,8 @@ _ROW_MULTIPLE = 32
 class FusedExperts:
     """The matrices of all experts of one block, and what happens between them.
 
-    An expert computes `output_norm(down @ combine(gate_up @ x + gate_up_bias) + down_bias)`.
+    An expert computes `output_norm(down @ combine(gate_up @ x + gate_up_bias) + down_bias)`, in
+    training with dropout on what `combine` returns (expert dropout).
 
     Attributes:
         gate_up: first matrices, fused; views with other strides are fine.
@@ -30,6 +31,9 @@ class FusedExperts:
         combine: turns the first product (N, F) into the second's input (N, I); see `gated`.
         gate_up_bias, down_bias: biases, None where there are none.
         output_norm: applied to each expert's output, None for the identity.
+        hidden_dropout: share of `combine`'s outputs that is set to 0, the rest scaled up by
+            1 / (1 - share); drawn from torch's global generator, expert after expert. Leave it at 0
+            outside training.
     """
 
     gate_up: Float[Tensor, "E F H"]
@@ -38,6 +42,7 @@ class FusedExperts:
     gate_up_bias: Float[Tensor, "E F"] | None = None
     down_bias: Float[Tensor, "E H"] | None = None
     output_norm: Callable[[Tensor], Tensor] | None = None
+    hidden_dropout: float = 0.0
 
     @property
     def num_experts(self) -> int:
@@ -155,7 +160,10 @@ def _one_expert(
     rows: Float[Tensor, "N H"], single: SingleExpert, experts: FusedExperts
 ) -> Float[Tensor, "N H"]:
     product = F.linear(rows, single.gate_up, single.gate_up_bias)
-    output = F.linear(experts.combine(product), single.down, single.down_bias)
+    inner = experts.combine(product)
+    if experts.hidden_dropout:
+        inner = F.dropout(inner, experts.hidden_dropout)
+    output = F.linear(inner, single.down, single.down_bias)
     return output if experts.output_norm is None else experts.output_norm(output)
 
 
@@ -170,7 +178,7 @@ def expert_ffn_reference(
     gates: Float[Tensor, "T k"],
     experts: FusedExperts,
 ) -> Float[Tensor, "T H"]:
-    """Define `expert_ffn`: the sum over tokens and choices, written out. Slow; for tests."""
+    """Define `expert_ffn` without dropout: the sum over tokens and choices. Slow; for tests."""
     rows = [torch.zeros_like(row) for row in hidden]
     for token in range(hidden.shape[0]):
         for choice in range(expert_ids.shape[1]):

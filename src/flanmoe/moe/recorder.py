@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flanmoe.core.errors import ModelError
 from flanmoe.moe.block import MoEBlock
-from flanmoe.moe.routing import Routing
+from flanmoe.moe.routing import Routing, require_finite_logits
 
 
 class RoutingRecorder:
@@ -64,13 +64,11 @@ class RoutingRecorder:
                 )
             if needs_gradient and not torch.is_grad_enabled():
                 raise ModelError(_without_gradient(block.name))
-            output = block.router_output(returned)
-            # Detached: an operation with a gradient here would save tensors inside a checkpointed
-            # region, which the recompute then misses.
-            gates = output.gates.detach()
-            recorded[index] = Routing.from_top_k(
-                output.logits, output.expert_ids, gates, valid=valid, segments=segments
+            routing = block.routing(returned, valid=valid, segments=segments)
+            require_finite_logits(
+                routing.logits, routing.valid, router=f"the router of {block.name}"
             )
+            recorded[index] = routing
             layers[:] = [recorded[position] for position in sorted(recorded)]
 
         with ExitStack() as hooks:

@@ -14,11 +14,14 @@ class StageContext:
     Attributes:
         run: the stage's own folder.
         seeds: the branch of the seed tree that is the same for every arm of a study.
+        questions: the branch that evaluation questions are drawn from, the same for every arm and every
+            seed of a study.
         data_dir: data folder, None where none was named.
     """
 
     run: RunDir
     seeds: SeedTree
+    questions: SeedTree
     data_dir: Path | None
 
     @property

@@ -1,6 +1,6 @@
 """The stage `evaluate`: scores of the model in hand on tasks that it is not trained on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,23 @@ from flanmoe.core.config import Config
 from flanmoe.core.console import show_table
 from flanmoe.core.errors import ConfigError, RunError
 from flanmoe.core.seeds import SeedTree
+from flanmoe.data.tasks import num_rejected
 from flanmoe.evaluation.comparison import SuiteComparison, compare_files
 from flanmoe.evaluation.metrics import Estimate
 from flanmoe.evaluation.results import SuiteResult, write_result
-from flanmoe.evaluation.suites import SuiteConfig, evaluate_suite, load_suite, named_suite
+from flanmoe.evaluation.suites import (
+    SuiteConfig,
+    evaluate_suite,
+    evaluate_tasks,
+    load_suite,
+    named_suite,
+)
 from flanmoe.stages.context import StageContext
 from flanmoe.stages.held_model import HeldModel
 from flanmoe.stages.recipe import EvaluateStage
+from flanmoe.stages.task_names import named_tasks
+
+_DEFAULT_SPLIT = "test"
 
 
 class EvaluateResult(Config):
@@ -25,35 +35,32 @@ class EvaluateResult(Config):
     Attributes:
         scores: the scores.
         evaluation_only: tasks whose authors ask that nothing is trained on them.
+        rejected: records of each task that were left out because they cannot be read.
     """
 
     scores: SuiteResult
     evaluation_only: tuple[str, ...]
+    rejected: dict[str, int] = {}
 
 
 def run_evaluate(stage: EvaluateStage, held: HeldModel, context: StageContext) -> EvaluateResult:
     """Score the model in hand; every example's outcome goes into the stage's folder."""
     config = SuiteConfig(**{name: getattr(stage, name) for name in SuiteConfig.model_fields})
-    # The same branch for every label, so that "before" and "after" draw the same questions.
-    seeds = context.seeds.child("evaluate")
-    result = _score(held, config, data_dir=context.data_dir, seeds=seeds)
-    write_result(result, context.run.path)
-    tasks, _ = load_suite(config, data_dir=context.data_dir)
-    kept_back = {task.name for task in tasks if task.evaluation_only}
-    names = tuple(score.task for score in result.tasks if score.task in kept_back)
-    return EvaluateResult(scores=result.summary(), evaluation_only=names)
-
-
-def _score(
-    held: HeldModel, config: SuiteConfig, *, data_dir: Path | None, seeds: SeedTree
-) -> SuiteResult:
-    return evaluate_suite(
+    # What is left out, the plan has said; the result and the report say it again.
+    tasks, skipped = load_suite(config, data_dir=context.data_dir)
+    result = evaluate_tasks(
         held.model(),
         held.tokenizer(),
-        config,
-        data_dir=data_dir,
-        seeds=seeds,
+        tasks,
+        config=config,
+        # The same branch for every label, so that "before" and "after" draw the same questions.
+        seeds=context.questions.child("evaluate"),
         training_hashes=held.training_hashes(),
+    ).model_copy(update={"skipped": tuple(skipped)})
+    write_result(result, context.run.path)
+    kept_back = tuple(task.name for task in tasks if task.evaluation_only)
+    return EvaluateResult(
+        scores=result.summary(), evaluation_only=kept_back, rejected=num_rejected(tasks)
     )
 
 
@@ -62,25 +69,43 @@ def evaluate_reference(
     names: Sequence[str],
     *,
     suite: str | None,
-    split: str,
-    limit: int | None,
+    split: str | None,
+    settings: Mapping[str, Any],
     data_dir: Path | None,
     out: Path | None,
 ) -> dict[str, Any]:
     """Score a model on tasks or a named suite; what `flanmoe eval` does.
 
+    Args:
+        reference: a known name, a folder or a hub id.
+        names: tasks by name.
+        suite: a named set of tasks, None for none.
+        split: split of the tasks in `names`; None takes `test` where they have splits.
+        settings: the other fields of `SuiteConfig`; None stands for the field's default.
+        data_dir: data folder, None where none was named.
+        out: new folder for the result, None for none.
+
     Raises:
-        ConfigError: if no task is named, or the suite is not known.
+        ConfigError: if no task is named, the suite is not known, or `split` has no effect.
         RunError: if `out` already holds files.
     """
     if out is not None and out.exists() and any(out.iterdir()):
-        raise RunError(f"The folder {out} must be empty or new, but already holds files.")
-    values: dict[str, Any] = {"tasks": _task_configs(names, suite, split)}
+        raise RunError(
+            f"The folder {out} must be empty or new, but already holds files. "
+            "Name another one with `--out`."
+        )
+    given = {name: value for name, value in settings.items() if value is not None}
     config = SuiteConfig.parse(
-        values | ({"limit": limit} if limit else {}), origin="The command line"
+        {"tasks": _task_configs(names, suite, split), **given}, origin="The command line"
     )
-    result = _score(
-        HeldModel(reference), config, data_dir=data_dir, seeds=SeedTree(0).child("evaluate")
+    held = HeldModel(reference)
+    result = evaluate_suite(
+        held.model(),
+        held.tokenizer(),
+        config,
+        data_dir=data_dir,
+        seeds=SeedTree(0).child("evaluate"),
+        training_hashes=held.training_hashes(),
     )
     if out is not None:
         write_result(result, out)
@@ -88,17 +113,23 @@ def evaluate_reference(
     return {"model": reference, **result.to_mapping()}
 
 
-def _task_configs(names: Sequence[str], suite: str | None, split: str) -> list[dict[str, Any]]:
-    exemplars = [task.to_mapping() for task in named_suite(suite)] if suite else []
-    named = [
-        {"name": name} if name.startswith("exemplars/") else {"name": name, "split": split}
-        for name in names
-    ]
-    if not exemplars and not named:
+def _task_configs(
+    names: Sequence[str], suite: str | None, split: str | None
+) -> list[dict[str, Any]]:
+    if not suite and not names:
         raise ConfigError(
             "An evaluation needs `--suite NAME` or at least one `--task NAME`, but has none."
         )
-    return [*exemplars, *named]
+    if split is not None and not names:
+        raise ConfigError(
+            f"`--split` must go with `--task NAME`, but the suite `{suite}` brings its own splits. "
+            "Leave `--split` out."
+        )
+    tasks = [
+        *(named_suite(suite) if suite else ()),
+        *named_tasks(names, split=split, default_split=_DEFAULT_SPLIT),
+    ]
+    return [task.to_mapping() for task in tasks]
 
 
 def _score_table(reference: str, result: SuiteResult) -> Table:
@@ -131,10 +162,10 @@ def _score_table(reference: str, result: SuiteResult) -> Table:
 
 
 def estimate_text(estimate: Estimate | None) -> str:
-    """Write a mean with its standard error (the clustered one where there is one)."""
+    """Write a mean with its standard error over examples."""
     if estimate is None:
         return ""
-    error = estimate.clustered_standard_error or estimate.standard_error
+    error = estimate.standard_error
     return f"{estimate.mean:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 

@@ -12,28 +12,34 @@ from flanmoe.core.console import progress, show_table
 from flanmoe.data.chat import render_chat
 from flanmoe.data.collate import collate
 from flanmoe.data.packing import packed_row, tokenize
-from flanmoe.data.tasks import Task, TaskConfig, load_tasks
+from flanmoe.data.sources.finding import DEFAULT_SPLIT
+from flanmoe.data.tasks import Task, load_tasks
 from flanmoe.models.blocks import require_moe_blocks
 from flanmoe.models.plan import count_parameters
 from flanmoe.moe.recorder import ExpertLoad, RoutingRecorder
 from flanmoe.stages.held_model import HeldModel
+from flanmoe.stages.task_names import named_tasks
 
 
 def inspect_reference(
-    reference: str, names: Sequence[str], *, split: str, limit: int, data_dir: Path | None
+    reference: str, names: Sequence[str], *, split: str | None, limit: int, data_dir: Path | None
 ) -> dict[str, Any]:
     """Send examples of each task through a sparse model and count where its routers send them.
 
+    `split` None takes `train` where a task has splits.
+
     Raises:
         ModelError: if the model is dense.
+        ConfigError: if `split` has no effect.
         DataError: if a task is not known.
     """
+    configs = named_tasks(names, split=split, default_split=DEFAULT_SPLIT)
+    tasks = load_tasks(configs, data_dir=data_dir)
     held = HeldModel(reference)
     model = held.model().eval()
     blocks = require_moe_blocks(model)
-    configs = [TaskConfig(name=name, split=split) for name in names]
     loads: dict[str, list[dict[str, Any]]] = {}
-    for task in load_tasks(configs, data_dir=data_dir):
+    for task in tasks:
         loads[task.name] = _task_load(held, task, limit)
     layers = [block.layer for block in blocks]
     for name, load in loads.items():

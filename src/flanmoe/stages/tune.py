@@ -1,20 +1,28 @@
 """The stage `tune`: the model in hand is trained on a mixture, and what it has seen is kept with it."""
 
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
 from flanmoe.core.config import Config
 from flanmoe.core.console import say
-from flanmoe.core.files import disk_errors
+from flanmoe.core.files import whole_folder
 from flanmoe.data.mixture import Mixture
 from flanmoe.data.packing import PackingReport
 from flanmoe.data.stream import PackedStream
+from flanmoe.data.tasks import num_rejected
 from flanmoe.evaluation.results import write_training_hashes
+from flanmoe.models.expert_dropout import check_expert_dropout
 from flanmoe.models.flops import FlopCount, count_flops
+from flanmoe.models.freezing import frozen
 from flanmoe.models.loading import save_model
 from flanmoe.models.memory import MemoryEstimate, estimate_memory
 from flanmoe.models.plan import ParameterCount, count_parameters
 from flanmoe.stages.context import StageContext
-from flanmoe.stages.held_model import HeldModel
+from flanmoe.stages.held_model import MODEL_MARKER, HeldModel
 from flanmoe.stages.recipe import TuneStage
-from flanmoe.training.checkpoints import latest_checkpoint, remove_checkpoints
+from flanmoe.training.arguments import TuneConfig
+from flanmoe.training.checkpoints import latest_checkpoint
 from flanmoe.training.tune import TuneResult, tune
 
 
@@ -22,12 +30,15 @@ class TuneStageResult(Config):
     """What tuning did and cost.
 
     Attributes:
-        training: ledger, losses, expert load.
-        packing: what was packed, dropped, truncated; examples and tokens of each task.
-        parameters: counts of the tuned model.
+        training: ledger, losses, expert load, what trained.
+        packing: the rows trained on; examples and tokens of each task in them, what was dropped or
+            truncated on the way.
+        parameters: counts of the tuned model; what was frozen is not trainable.
         flops: forward FLOPs of one token at the row length.
         memory: the estimate made before the first step, to stand beside the measurement.
-        examples_seen: number of different examples that entered a batch.
+        examples_seen: number of different examples that stand in the rows trained on.
+        task_sizes: how many examples each task holds.
+        rejected: records of each task that were left out because they cannot be read.
     """
 
     training: TuneResult
@@ -36,21 +47,21 @@ class TuneStageResult(Config):
     flops: FlopCount
     memory: MemoryEstimate
     examples_seen: int
+    task_sizes: dict[str, int] = {}
+    rejected: dict[str, int] = {}
 
 
 def run_tune(
     stage: TuneStage, held: HeldModel, context: StageContext
 ) -> tuple[HeldModel, TuneStageResult]:
-    """Train the model in hand; goes on from the stage's last complete checkpoint if there is one."""
+    """Train the model in hand; goes on from the stage's last complete checkpoint if there is one.
+
+    The checkpoints stay: until the result is on disk, they are what a resumed run goes on from.
+    """
     stream = training_stream(stage, held, context)
     model = held.model()
     flops = count_flops(model, context_length=stage.train.length)
-    memory = estimate_memory(
-        model,
-        rows=stage.train.micro_batch_rows,
-        length=stage.train.length,
-        precision=stage.train.precision,
-    )
+    size = tuning_size(model, stage.train)
     checkpoint = latest_checkpoint(context.run.path)
     if checkpoint is not None:
         say(f"    going on from {checkpoint.name}")
@@ -64,19 +75,53 @@ def run_tune(
         resume=checkpoint is not None,
     )
     hashes = held.training_hashes() | stream.seen_hashes
-    with disk_errors(context.model_folder):
-        save_model(model, held.tokenizer(), context.model_folder)
-        write_training_hashes(context.model_folder, hashes)
-    remove_checkpoints(context.run.path)
+    with whole_folder(context.model_folder, marker=MODEL_MARKER) as partial:
+        save_model(model, held.tokenizer(), partial)
+        write_training_hashes(partial, hashes)
+    # The loader has read ahead; back to the rows that were trained on, to count those.
+    stream.load_state_dict(stream.state_after(training.ledger.sequences))
+    tasks = stream.mixture.tasks
     result = TuneStageResult(
         training=training,
         packing=stream.report,
-        parameters=count_parameters(model),
+        parameters=size.parameters,
         flops=flops,
-        memory=memory,
-        examples_seen=len(stream.seen_hashes),
+        memory=size.memory,
+        examples_seen=len(stream.row_hashes),
+        task_sizes={task.name: task.size for task in tasks},
+        rejected=num_rejected(tasks),
     )
     return held.saved(model, context.model_folder), result
+
+
+@dataclass(frozen=True, slots=True)
+class TuningSize:
+    """What can be said of a tuning before its first step.
+
+    Attributes:
+        parameters: counts; what is frozen is not trainable.
+        memory: the peak.
+    """
+
+    parameters: ParameterCount
+    memory: MemoryEstimate
+
+
+def tuning_size(model: PreTrainedModel, config: TuneConfig) -> TuningSize:
+    """Count a model and estimate its memory as it will be tuned; it may be on the meta device.
+
+    Raises:
+        ModelError: if `freeze` or `expert_dropout` does not suit the model.
+    """
+    check_expert_dropout(model, config.expert_dropout)
+    with frozen(model, config.freeze):
+        memory = estimate_memory(
+            model,
+            rows=config.micro_batch_rows,
+            length=config.length,
+            precision=config.precision,
+        )
+        return TuningSize(count_parameters(model), memory)
 
 
 def training_stream(stage: TuneStage, held: HeldModel, context: StageContext) -> PackedStream:

@@ -7,16 +7,17 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from flanmoe.core.config import Config
-from flanmoe.core.console import say
+from flanmoe.core.console import progress, say
 from flanmoe.core.errors import RunError
-from flanmoe.core.files import disk_errors
+from flanmoe.core.files import whole_folder
 from flanmoe.core.rundir import RunDir
 from flanmoe.core.seeds import SeedTree
+from flanmoe.evaluation.results import write_training_hashes
 from flanmoe.models.loading import save_model
 from flanmoe.models.plan import ParameterCount, count_parameters
 from flanmoe.models.upcycle import check_step0, upcycle
 from flanmoe.stages.context import StageContext
-from flanmoe.stages.held_model import HeldModel
+from flanmoe.stages.held_model import MODEL_MARKER, HeldModel
 from flanmoe.stages.recipe import UpcycleStage
 
 # What the two models are compared on: plain prose of ours, enough to visit many experts.
@@ -61,13 +62,22 @@ def run_upcycle(
 def upcycle_and_save(
     stage: UpcycleStage, held: HeldModel, folder: Path, seeds: SeedTree
 ) -> tuple[HeldModel, UpcycleResult]:
-    """Upcycle, compare, save to `folder`; see `run_upcycle`."""
-    dense = held.model()
-    sparse = upcycle(dense, stage, seeds)
-    difference = check_step0(dense, sparse, probe_tokens(held.tokenizer()), stage)
+    """Upcycle, compare, save to `folder`; see `run_upcycle`.
+
+    What the dense model was trained on, the sparse one has seen: its training hashes go along.
+    """
+    # Read before the bar: loading may show one of its own.
+    dense, tokenizer, hashes = held.model(), held.tokenizer(), held.training_hashes()
+    with progress("    upcycling", total=3, unit="parts") as advance:
+        sparse = upcycle(dense, stage, seeds)
+        advance(note="built")
+        difference = check_step0(dense, sparse, probe_tokens(tokenizer), stage)
+        advance(note="checked")
+        with whole_folder(folder, marker=MODEL_MARKER) as partial:
+            save_model(sparse, tokenizer, partial)
+            write_training_hashes(partial, hashes)
+        advance(note="saved")
     say(f"    largest logit difference from the dense model: {difference:.2e}")
-    with disk_errors(folder):
-        save_model(sparse, held.tokenizer(), folder)
     result = UpcycleResult(
         step0_max_abs_diff=difference,
         exact=stage.exact,
@@ -90,7 +100,9 @@ def upcycle_folder(base: str, out: Path, values: dict[str, Any], *, seed: int) -
         RunError: if `out` already holds files.
     """
     if out.exists() and any(out.iterdir()):
-        raise RunError(f"The folder {out} must be empty or new, but already holds files.")
+        raise RunError(
+            f"The folder {out} must be empty or new, but already holds files. Name another one as OUT."
+        )
     stage = UpcycleStage.parse({"stage": "upcycle", **values}, origin="The command line")
     _, result = upcycle_and_save(stage, HeldModel(base), out, SeedTree(seed).child("upcycle"))
     say(f"Written to {out}.")

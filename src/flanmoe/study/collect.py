@@ -9,16 +9,20 @@ from typing import Any, Literal, NamedTuple
 
 import psutil
 
+from flanmoe.core.errors import RunError
 from flanmoe.core.ledger import Ledger
 from flanmoe.core.rundir import RunDir
 from flanmoe.core.seeds import SeedTree
+from flanmoe.data.packing import PackingReport
 from flanmoe.evaluation import results as evaluation_results
 from flanmoe.evaluation.comparison import CONFIDENCE_LEVEL, PairedDifference, compare
 from flanmoe.evaluation.metrics import Estimate
 from flanmoe.evaluation.results import SuiteResult, read_result
+from flanmoe.models.flops import FlopCount
+from flanmoe.models.plan import ParameterCount
 from flanmoe.stages.tune import TuneStageResult
 from flanmoe.stages.upcycle import UpcycleResult
-from flanmoe.study.executor import Job
+from flanmoe.study.executor import RESULT_FILE, Job
 from flanmoe.study.report_data import (
     ArmReport,
     Comparison,
@@ -38,7 +42,6 @@ from flanmoe.study.report_data import (
     TaskData,
     TaskScore,
 )
-from flanmoe.study.runner import RESULT_FILE
 from flanmoe.study.study import Study
 
 
@@ -48,8 +51,10 @@ class SeedResults:
     def __init__(self, study_dir: Path, arm: str, seed: int) -> None:
         self.seed = seed
         folder = RunDir(Job(study_dir, arm, seed, None).folder)
-        self.seconds: float = folder.read_json(RESULT_FILE)["seconds"]
-        self.stages: list[dict[str, Any]] = folder.read_json(RESULT_FILE)["stages"]
+        result = folder.read_json(RESULT_FILE)
+        self.seconds: float = result["seconds"]
+        self.stages: list[dict[str, Any]] = result["stages"]
+        self._model: Any = result.get("model")
         self._folder = folder
 
     def _details(self, kind: str) -> list[tuple[int, dict[str, Any]]]:
@@ -72,6 +77,31 @@ class SeedResults:
         """The record of the last tuning stage."""
         found = self._details("tune")
         return found[-1][1] if found else None
+
+    def untuned_size(self) -> tuple[Parameters, Flops]:
+        """Parameters and FLOPs of the model that an arm without tuning ends with.
+
+        Raises:
+            RunError: if an older version wrote the result.
+        """
+        if self._model is None:
+            raise RunError(
+                f"The result in {self._folder.path} must hold the size of the model, but an older version "
+                "wrote it. Run the study again."
+            )
+        counts = ParameterCount.parse(self._model["parameters"])
+        flops = FlopCount.parse(self._model["flops"])
+        # Nothing is changed where nothing is tuned.
+        return Parameters(total=counts.total, active=counts.active, trainable=0), _flops(flops)
+
+    @property
+    def rejected(self) -> dict[str, int]:
+        """Records that were left out of each task because they cannot be read."""
+        return {
+            task: number
+            for stage in self.stages
+            for task, number in stage["details"].get("rejected", {}).items()
+        }
 
     @property
     def evaluation_only(self) -> set[str]:
@@ -114,6 +144,7 @@ def collect(study: Study, run: RunDir) -> ReportData:
         arms=reports,
         data=_data_report(study, tuned, arms),
         comparisons=tuple(_comparisons(study, arms)),
+        warnings=tuple(_warnings(tuned, arms)),
         notes=tuple(_notes(arms)),
     )
 
@@ -144,16 +175,10 @@ def _arm_report(study: Study, name: str, seeds: Sequence[SeedResults]) -> ArmRep
 def _sizes(
     seed: SeedResults,
 ) -> tuple[Parameters, Flops, Memory | None, RouterLosses | None]:
-    """Parameters, FLOPs, memory and router losses, from tuning if there was any, else from upcycling."""
+    """Parameters, FLOPs, memory and router losses, from tuning if there was any, else from the model."""
     tuned = seed.tuned
     if tuned is None:
-        counts = seed.upcycled.sparse if seed.upcycled else None
-        parameters = (
-            Parameters(total=counts.total, active=counts.active, trainable=counts.trainable)
-            if counts
-            else Parameters(total=0, active=0, trainable=0)
-        )
-        return parameters, Flops(body=0, head=0, attention_scores=0, context_length=1), None, None
+        return *seed.untuned_size(), None, None
     record = seed.tune_stage or {}
     measured = record["peak_memory_bytes"] if record.get("peak_memory_is_of_this_stage") else None
     return (
@@ -162,14 +187,18 @@ def _sizes(
             active=tuned.parameters.active,
             trainable=tuned.parameters.trainable,
         ),
-        Flops(
-            body=tuned.flops.body,
-            head=tuned.flops.head,
-            attention_scores=tuned.flops.attention_scores,
-            context_length=tuned.flops.context_length,
-        ),
+        _flops(tuned.flops),
         Memory(estimate=tuned.memory.parts, measured=measured),
         _router_losses(tuned),
+    )
+
+
+def _flops(count: FlopCount) -> Flops:
+    return Flops(
+        body=count.body,
+        head=count.head,
+        attention_scores=count.attention_scores,
+        context_length=count.context_length,
     )
 
 
@@ -200,9 +229,11 @@ def _curve(seed: SeedResults) -> LossCurve:
 
 
 def _score(estimate: Estimate, *, chance: float | None = None) -> Score:
-    error = estimate.clustered_standard_error or estimate.standard_error
     return Score(
-        mean=estimate.mean, standard_error=error, num_examples=estimate.num_values, chance=chance
+        mean=estimate.mean,
+        standard_error=estimate.standard_error,
+        num_examples=estimate.num_values,
+        chance=chance,
     )
 
 
@@ -218,7 +249,11 @@ def _evaluation(result: SuiteResult) -> Evaluation:
         task_loss, task_accuracy = _scores(task.headline)
         tasks.append(
             TaskScore(
-                task=task.task, loss=task_loss, accuracy=task_accuracy, num_seen=task.num_seen
+                task=task.task,
+                loss=task_loss,
+                accuracy=task_accuracy,
+                num_seen=task.num_seen,
+                num_truncated=task.num_truncated,
             )
         )
     return Evaluation(loss=loss, accuracy=accuracy, tasks=tuple(tasks))
@@ -241,6 +276,7 @@ def _mean_evaluation(results: Sequence[SuiteResult | None]) -> Evaluation | None
                     [score for item in evaluations if (score := item.tasks[i].accuracy)]
                 ),
                 num_seen=task.num_seen,
+                num_truncated=task.num_truncated,
             )
             for i, task in enumerate(first.tasks)
         ),
@@ -305,7 +341,8 @@ def _comparison(pair: _Pair, metric: Metric, row: PairedDifference) -> Compariso
         seed=pair.seed,
         metric=metric,
         mean=estimate.mean,
-        standard_error=estimate.clustered_standard_error or estimate.standard_error,
+        standard_error=estimate.standard_error,
+        clustered_standard_error=estimate.clustered_standard_error,
         low=row.interval[0],
         high=row.interval[1],
         confidence=CONFIDENCE_LEVEL,
@@ -326,12 +363,8 @@ def _data_report(
     kept_back = {name for seeds in arms.values() for seed in seeds for name in seed.evaluation_only}
     if tuned is None:
         return DataReport(held_out=tuple(names))
-    drawn = sum(counts.examples for counts in tuned.packing.tasks.values())
     return DataReport(
-        tasks=tuple(
-            TaskData(task=task, num_examples=counts.examples, share=counts.examples / max(drawn, 1))
-            for task, counts in sorted(tuned.packing.tasks.items())
-        ),
+        tasks=_task_data(tuned),
         num_seen=tuned.examples_seen,
         num_dropped=tuned.packing.num_dropped,
         num_truncated=tuned.packing.num_truncated,
@@ -341,13 +374,29 @@ def _data_report(
     )
 
 
+def _task_data(tuned: TuneStageResult) -> tuple[TaskData, ...]:
+    packed = tuned.packing.tasks
+    names = sorted({*tuned.task_sizes, *packed})
+    draws = {name: packed[name].examples if name in packed else 0 for name in names}
+    total = sum(draws.values())
+    return tuple(
+        TaskData(
+            task=name,
+            num_examples=tuned.task_sizes.get(name, 0),
+            num_draws=draws[name],
+            share=draws[name] / max(total, 1),
+            num_rejected=tuned.rejected.get(name, 0),
+        )
+        for name in names
+    )
+
+
 def _scale(arms: Sequence[ArmReport], num_seeds: int) -> str:
     largest = max(arm.parameters.total for arm in arms) / 1e6
     tokens = max(arm.ledger.real_tokens for arm in arms)
-    return (
-        f"A small run: up to {largest:.0f} million parameters, {tokens:,} tokens of tuning an arm, "
-        f"{num_seeds} seed{'s' if num_seeds > 1 else ''}."
-    )
+    tuning = f"{tokens:,} tokens of tuning an arm" if tokens else "nothing tuned"
+    seeds = f"{num_seeds} seed{'s' if num_seeds > 1 else ''}"
+    return f"A small run: up to {largest:.3g} million parameters, {tuning}, {seeds}."
 
 
 def _notes(arms: Mapping[str, Sequence[SeedResults]]) -> "list[str]":
@@ -359,10 +408,51 @@ def _notes(arms: Mapping[str, Sequence[SeedResults]]) -> "list[str]":
                 f"Before tuning, no logit of the upcycled arm {name} differed by more than "
                 f"{upcycled.step0_max_abs_diff:.1e} from the dense model's on the probe text."
             )
-        result = seeds[0].evaluation(after=True)
+        result = seeds[0].evaluation(after=True) or seeds[0].evaluation(after=False)
         for skipped in result.skipped if result else ():
             notes.append(f"Task {skipped.task} was skipped: {skipped.reason}")
     return notes
+
+
+def _warnings(
+    tuned: TuneStageResult | None, arms: Mapping[str, Sequence[SeedResults]]
+) -> "list[str]":
+    """What was left out or cut: of the data once for all arms, of the questions for each arm."""
+    found = {
+        task: number
+        for seeds in arms.values()
+        for seed in seeds
+        for task, number in seed.rejected.items()
+    }
+    sentences = [
+        f"{number:,} record{'s' if number > 1 else ''} of the task {task} could not be read and "
+        f"{'were' if number > 1 else 'was'} left out (`on_bad_record: skip`)."
+        for task, number in found.items()
+    ]
+    if tuned is not None:
+        sentences += _packing_warnings(tuned.packing)
+    for name, seeds in arms.items():
+        result = seeds[0].evaluation(after=True) or seeds[0].evaluation(after=False)
+        if result is not None and result.num_truncated:
+            sentences.append(
+                f"{result.num_truncated:,} of the {result.num_examples:,} prompts that {name} answered were "
+                "cut on their left to fit into the model's positions."
+            )
+    return sentences
+
+
+def _packing_warnings(packing: PackingReport) -> "list[str]":
+    sentences: list[str] = []
+    if packing.num_dropped:
+        sentences.append(
+            f"{packing.num_dropped:,} draws were left out of training because they are longer than a row "
+            "(`packing.length`)."
+        )
+    if packing.num_truncated:
+        sentences.append(
+            f"{packing.num_truncated:,} draws were cut at their end to fit into a row (`packing.length`)."
+        )
+    return sentences
 
 
 def _hardware() -> Hardware:

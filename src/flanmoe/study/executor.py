@@ -4,19 +4,21 @@ The local executor gives every job a process of its own. That keeps the peak mem
 the other's, and keeps what libraries print away from our stdout.
 """
 
-import os
-import signal
-import subprocess
-import sys
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from flanmoe.core import files
-from flanmoe.core.errors import FlanmoeError, Interrupted, UserError
+from flanmoe.core.console import say
+from flanmoe.core.errors import DiskError
+from flanmoe.core.memory import peak_memory_bytes, peak_memory_of_children_bytes
+from flanmoe.core.rundir import RunDir
+from flanmoe.study.child import Errand, ask
 
-ERROR_FILE = "error.json"
-_STDERR = 2
+RESULT_FILE = "result.json"
+COSTS_FILE = "seconds.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,47 +60,58 @@ class LocalExecutor:
 
     def run(self, job: Job) -> None:
         """Start the worker, pass Ctrl-C on to it once, and raise what it raised."""
-        (job.folder / ERROR_FILE).unlink(missing_ok=True)
-        command = [sys.executable, "-m", "flanmoe.study.worker", str(job.study_dir), job.arm]
-        command += [str(job.seed), str(job.data_dir or "")]
-        # A session of its own: the terminal's Ctrl-C reaches only us, and the worker gets exactly one. The
-        # pipe tells the worker when we are gone, so that a killed study leaves no orphan writing on.
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=_STDERR, start_new_session=True
-        ) as worker:
-            status = _wait(worker)
-        if status != 0:
-            raise _failure(job, status)
-
-
-def _wait(worker: "subprocess.Popen[bytes]") -> int:
-    while True:
-        try:
-            return worker.wait()
-        except KeyboardInterrupt:
-            worker.send_signal(signal.SIGINT)
-
-
-def _failure(job: Job, status: int) -> FlanmoeError:
-    report = job.folder / ERROR_FILE
-    if report.exists():
-        content = files.read_json_file(report)
-        kind = {2: UserError, 130: Interrupted}.get(content["exit_code"], FlanmoeError)
-        return kind(content["message"])
-    if status in (130, -signal.SIGINT):
-        return Interrupted(
-            f"Arm `{job.arm}` was stopped; `--resume` goes on from its last checkpoint."
+        values = {
+            "study_dir": str(job.study_dir),
+            "arm": job.arm,
+            "seed": job.seed,
+            "data_dir": str(job.data_dir) if job.data_dir else None,
+        }
+        ask(
+            Errand(
+                "run_job",
+                values,
+                name=f"Arm `{job.arm}` (seed {job.seed})",
+                way_out=(
+                    "If the system ran out of memory, lower `length`; then go on with "
+                    f"`--resume --out {job.study_dir}`."
+                ),
+                traceback_file=job.folder / "traceback.txt",
+            )
         )
-    cause = (
-        f"signal {-status} ({signal.strsignal(-status)})" if status < 0 else f"exit status {status}"
-    )
-    return FlanmoeError(
-        f"The process of arm `{job.arm}` (seed {job.seed}) ended with {cause} before it could say why. "
-        f"If the system ran out of memory, lower `length`; then go on with `--resume --out {job.study_dir}`."
-    )
 
 
-def die_with_parent() -> None:
-    """Interrupt this process when its stdin closes, which it does when the parent is gone."""
-    os.read(sys.stdin.fileno(), 1)
-    os.kill(os.getpid(), signal.SIGINT)
+def run_jobs(run: RunDir, jobs: Sequence[Job], executor: Executor) -> None:
+    """Run the jobs that are not finished yet, and note in the study's folder what that took.
+
+    Raises:
+        FlanmoeError: what a job raised; finished jobs are kept.
+    """
+    with _costs_noted(run):
+        for job in jobs:
+            if RunDir(job.folder).has(RESULT_FILE):
+                say(f"Arm {job.arm}, seed {job.seed}: finished before.")
+                continue
+            say(f"Arm {job.arm}, seed {job.seed}")
+            executor.run(job)
+
+
+@contextmanager
+def _costs_noted(run: RunDir) -> Generator[None]:
+    start = time.monotonic()
+
+    def note() -> None:
+        row = {
+            "seconds": time.monotonic() - start,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_of_children_bytes": peak_memory_of_children_bytes(),
+        }
+        run.log(COSTS_FILE, row)
+
+    try:
+        yield
+    except BaseException:
+        # What stopped the jobs is what the user must hear, not that a full disk cannot take this too.
+        with suppress(DiskError):
+            note()
+        raise
+    note()

@@ -1,7 +1,8 @@
-"""The main job: run a study, collect what it recorded, write the report, say what came out."""
+"""The parts of the main job that run in child processes: prepare a study's folder, report what came out.
 
-import shlex
-import time
+`launch` is the process that sends for them.
+"""
+
 from collections.abc import Sequence
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -10,20 +11,19 @@ from typing import Any
 import yaml
 
 from flanmoe.core.config import read_yaml
-from flanmoe.core.console import say, show_table
-from flanmoe.core.errors import Interrupted, UserError
+from flanmoe.core.console import say, show_table, warn
+from flanmoe.core.errors import UserError
 from flanmoe.core.rundir import RunDir
 from flanmoe.data.tasks import TaskConfig, expand
 from flanmoe.study.collect import SeedResults, collect
-from flanmoe.study.executor import LocalExecutor
+from flanmoe.study.executor import COSTS_FILE
 from flanmoe.study.plan import plan_study, plan_table
 from flanmoe.study.report import summary_table, write_report
 from flanmoe.study.report_data import ArmReport, Evaluation, ReportData, Score
-from flanmoe.study.runner import run_study
-from flanmoe.study.study import Study, study_from_mapping
+from flanmoe.study.runner import open_study
+from flanmoe.study.study import Study, load_study, study_from_mapping
 
 _DEFAULT_MINUTES = 15.0
-_TIMING_FILE = "seconds.jsonl"
 
 
 def quickstart_study(*, minutes: float, overrides: Sequence[str]) -> Study:
@@ -49,28 +49,53 @@ def quickstart_study(*, minutes: float, overrides: Sequence[str]) -> Study:
     return study_from_mapping(values, overrides=[*changes, *overrides], origin="quickstart.yaml")
 
 
-def run_and_report(
-    study: Study, folder: Path, *, data_dir: Path | None, resume: bool
+def prepare(
+    *,
+    file: str,
+    overrides: Sequence[str],
+    profile: str | None,
+    folder: str | None,
+    data_dir: str | None,
+    resume: bool,
 ) -> dict[str, Any]:
-    """Run a study to its end and report it; returns what `--json` prints.
+    """Read a recipe or a study, plan it and make its folder; see `launch.run_file` for the arguments.
+
+    Returns:
+        `folder`, and in `jobs` arm and seed of every job.
 
     Raises:
         UserError: if an arm does not fit this machine, or something asked for cannot be done.
-        Interrupted: after Ctrl-C, with the state saved and the command that goes on in the message.
     """
+    study = load_study(Path(file), overrides=overrides, profile=profile)
+    return _prepare(study, folder, data_dir=data_dir, resume=resume)
+
+
+def prepare_quickstart(
+    *,
+    minutes: float,
+    overrides: Sequence[str],
+    folder: str | None,
+    data_dir: str | None,
+    resume: bool,
+) -> dict[str, Any]:
+    """Plan the quickstart's study and make its folder; see `prepare`."""
+    study = quickstart_study(minutes=minutes, overrides=overrides)
+    return _prepare(study, folder, data_dir=data_dir, resume=resume)
+
+
+def _prepare(
+    study: Study, folder: str | None, *, data_dir: str | None, resume: bool
+) -> dict[str, Any]:
+    path = Path(folder) if folder else Path("runs") / study.name
     if not resume:
-        _check_plan(study, data_dir, folder)
-    start = time.monotonic()
-    try:
-        run = run_study(study, folder, executor=LocalExecutor(), data_dir=data_dir, resume=resume)
-    except Interrupted as stop:
-        raise Interrupted(
-            f"{stop} Same command with: --resume --out {shlex.quote(str(folder))}"
-        ) from stop
-    finally:
-        if (folder / "run.json").exists():
-            RunDir(folder).log(_TIMING_FILE, {"seconds": time.monotonic() - start})
-    return _report(study, run)
+        _check_plan(study, Path(data_dir) if data_dir else None, path)
+    run = open_study(study, path, resume=resume)
+    return {"folder": str(run.path), "jobs": [[arm, seed] for arm, seed in study.jobs]}
+
+
+def report(*, folder: str) -> dict[str, Any]:
+    """Write the report of a finished run; returns what `--json` prints."""
+    return rebuild_report(Path(folder))
 
 
 def rebuild_report(folder: Path) -> dict[str, Any]:
@@ -94,6 +119,8 @@ def _report(study: Study, run: RunDir) -> dict[str, Any]:
     data = collect(study, run)
     paths = write_report(data, run.path)
     show_table(summary_table(data))
+    for sentence in data.warnings:
+        warn(sentence)
     say(f"Report: {paths.html}")
     return _summary(study, run, data) | {"report": str(paths.html)}
 
@@ -110,8 +137,8 @@ def _summary(study: Study, run: RunDir, data: ReportData) -> dict[str, Any]:
         "arms": {arm.label: _arm_summary(arm) for arm in data.arms},
         "parameters": {arm.label: arm.parameters.to_mapping() for arm in data.arms},
         "tokens": max(arm.ledger.real_tokens for arm in data.arms),
-        "seconds": sum(row["seconds"] for row in run.rows(_TIMING_FILE)),
-        "peak_memory_bytes": max(_peak_memory(study, run)),
+        "seconds": sum(row["seconds"] for row in run.rows(COSTS_FILE)),
+        "peak_memory_bytes": _peak_memory(study, run),
         "expert_load": [list(row) for row in loads[0].shares] if loads else None,
         "comparisons": [item.to_mapping() | {"verdict": item.verdict} for item in data.comparisons],
     }
@@ -148,10 +175,15 @@ def _score_summary(name: str, score: Score) -> dict[str, Any]:
     return found if score.chance is None else {**found, f"{name}_chance": score.chance}
 
 
-def _peak_memory(study: Study, run: RunDir) -> list[int]:
-    return [
+def _peak_memory(study: Study, run: RunDir) -> int:
+    """The most that the parent and one of its children can have held at a time."""
+    rows = run.rows(COSTS_FILE)
+    stages = [
         stage["peak_memory_bytes"]
         for arm in study.arms
         for seed in study.seeds
         for stage in SeedResults(run.path, arm, seed).stages
     ]
+    children = [row.get("peak_memory_of_children_bytes", 0) for row in rows]
+    parents = [row.get("peak_memory_bytes", 0) for row in rows]
+    return max([*stages, *children]) + max(parents, default=0)

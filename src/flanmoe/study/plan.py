@@ -6,21 +6,23 @@ Models are built on the meta device, so a plan needs the configuration of a mode
 from pathlib import Path
 
 from rich.table import Table
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from flanmoe.core.cache import fingerprint
 from flanmoe.core.config import Config
 from flanmoe.core.seeds import SeedTree
 from flanmoe.data.mixture import Mixture
-from flanmoe.evaluation.suites import load_suite
+from flanmoe.evaluation.suites import load_suite, warn_of_skipped
 from flanmoe.models.flops import FlopCount, count_flops
 from flanmoe.models.loading import load_config
-from flanmoe.models.memory import MemoryEstimate, estimate_memory
+from flanmoe.models.memory import MemoryEstimate
 from flanmoe.models.meta import meta_model
 from flanmoe.models.plan import ParameterCount, count_parameters
 from flanmoe.models.upcycle import sparse_config
 from flanmoe.stages.recipe import EvaluateStage, TuneStage, UpcycleStage
+from flanmoe.stages.tune import tuning_size
 from flanmoe.study.machine import Machine, this_machine
+from flanmoe.study.report_text import size as size_text
 from flanmoe.study.study import Arm, Study
 
 # Share of the measured rate of matrix products that a whole step reaches, evaluation included: measured
@@ -36,7 +38,7 @@ class ArmPlan(Config):
 
     Attributes:
         stages: labels in order.
-        parameters: of the model that the arm ends with.
+        parameters: of the model that the arm ends with, trainable as in the last stage.
         flops_per_token: forward FLOPs of one token of that model.
         memory: peak of its most demanding tuning; None where nothing is tuned.
         tokens: packed tokens that it is tuned on, padding included.
@@ -77,7 +79,8 @@ def plan_study(study: Study, data_dir: Path | None, *, folder: Path | None = Non
     """Plan every arm; `folder` is where the study would write.
 
     Raises:
-        ModelError: if a model's configuration cannot be read, or cannot be upcycled as asked.
+        ModelError: if a model's configuration cannot be read, or the model cannot be upcycled, frozen
+            or given expert dropout as asked.
         DataError: if a task is not known or cannot be read.
     """
     _check_data(study, data_dir)
@@ -104,6 +107,7 @@ def plan_study(study: Study, data_dir: Path | None, *, folder: Path | None = Non
 def _check_data(study: Study, data_dir: Path | None) -> None:
     """Read every task once: a mistake in the last one should not wait for the first to be trained."""
     checked: set[str] = set()
+    warned: set[str] = set()
     for arm in study.arms.values():
         for stage in arm.stages:
             identity = fingerprint(stage.to_mapping())
@@ -113,7 +117,9 @@ def _check_data(study: Study, data_dir: Path | None) -> None:
             if isinstance(stage, TuneStage):
                 Mixture.load(stage.data, seeds=SeedTree(0), data_dir=data_dir)
             elif isinstance(stage, EvaluateStage):
-                tasks, _ = load_suite(stage, data_dir=data_dir)
+                tasks, skipped = load_suite(stage, data_dir=data_dir)
+                warn_of_skipped([skip for skip in skipped if skip.task not in warned])
+                warned |= {skip.task for skip in skipped}
                 for task in tasks:
                     task.size  # noqa: B018 reading it is the check
 
@@ -122,6 +128,7 @@ def _plan_arm(arm: Arm, machine: Machine) -> ArmPlan:
     config: PreTrainedConfig = load_config(arm.model)
     model = meta_model(config)
     memory: MemoryEstimate | None = None
+    parameters = count_parameters(model)
     flops = count_flops(model, context_length=1024)
     tokens, training_flops, all_flops, disk = 0, 0.0, 0.0, 0
     for stage in arm.stages:
@@ -129,28 +136,26 @@ def _plan_arm(arm: Arm, machine: Machine) -> ArmPlan:
             case UpcycleStage():
                 config = sparse_config(config, stage)
                 model = meta_model(config)
+                parameters = count_parameters(model)
                 flops = count_flops(model, context_length=1024)
-                disk += _model_bytes(model)
+                disk += _model_bytes(parameters)
             case TuneStage():
                 flops = count_flops(model, context_length=stage.train.length)
-                needed = estimate_memory(
-                    model,
-                    rows=stage.train.micro_batch_rows,
-                    length=stage.train.length,
-                    precision=stage.train.precision,
-                )
-                memory = max((memory, needed), key=lambda item: item.total if item else -1)
+                size = tuning_size(model, stage.train)
+                parameters = size.parameters
+                memory = max((memory, size.memory), key=lambda item: item.total if item else -1)
                 planned = stage.train.steps * stage.train.rows_per_step * stage.train.length
                 tokens += planned
                 training_flops += flops.training * planned
                 all_flops += flops.training * planned
-                # The tuned model, and a checkpoint of weights and two moments beside the next one.
-                disk += _model_bytes(model) * (1 + 3 * (1 + stage.train.keep_checkpoints))
+                # The tuned model, and the checkpoints that are kept beside the next one.
+                kept = (1 + stage.train.keep_checkpoints) * _checkpoint_bytes(parameters)
+                disk += _model_bytes(parameters) + kept
             case EvaluateStage():
                 all_flops += flops.total * _TOKENS_PER_QUESTION * (stage.limit or 1000)
     return ArmPlan(
         stages=tuple(stage.label for stage in arm.stages),
-        parameters=count_parameters(model),
+        parameters=parameters,
         flops_per_token=flops,
         memory=memory,
         tokens=tokens,
@@ -160,8 +165,13 @@ def _plan_arm(arm: Arm, machine: Machine) -> ArmPlan:
     )
 
 
-def _model_bytes(model: PreTrainedModel) -> int:
-    return _BYTES_FLOAT32 * count_parameters(model).total
+def _model_bytes(parameters: ParameterCount) -> int:
+    return _BYTES_FLOAT32 * parameters.total
+
+
+def _checkpoint_bytes(parameters: ParameterCount) -> int:
+    # Weights, and two moments of what trains.
+    return _BYTES_FLOAT32 * (parameters.total + 2 * parameters.trainable)
 
 
 def _refusals(arms: dict[str, ArmPlan], machine: Machine) -> "list[str]":
@@ -169,14 +179,14 @@ def _refusals(arms: dict[str, ArmPlan], machine: Machine) -> "list[str]":
     for name, arm in arms.items():
         if arm.memory is not None and arm.memory.total > machine.memory_bytes:
             found.append(
-                f"Arm `{name}` needs about {_gibibytes(arm.memory.total)} of memory, but "
-                f"{_gibibytes(machine.memory_bytes)} are free; lower `train.length` or take a smaller model."
+                f"Arm `{name}` needs about {size_text(arm.memory.total)} of memory, but "
+                f"{size_text(machine.memory_bytes)} are free; lower `train.length` or take a smaller model."
             )
     # Arms run one after the other, but each leaves its last model behind.
     needed = sum(arm.disk_bytes for arm in arms.values())
     if needed > machine.disk_bytes:
         found.append(
-            f"The arms need about {_gibibytes(needed)} of disk, but {_gibibytes(machine.disk_bytes)} are "
+            f"The arms need about {size_text(needed)} of disk, but {size_text(machine.disk_bytes)} are "
             "free; name a folder on another disk with `--out`."
         )
     return found
@@ -197,14 +207,10 @@ def plan_table(plan: StudyPlan) -> Table:
         ("FLOPs a token, forward", [f"{arm.flops_per_token.total / 1e6:,.0f} M" for arm in arms]),
         ("tokens to tune on", [f"{arm.tokens:,}" for arm in arms]),
         ("FLOPs to tune", [f"{arm.training_flops:.2e}" for arm in arms]),
-        ("peak memory", [_gibibytes(arm.memory.total) if arm.memory else "-" for arm in arms]),
-        ("disk while running", [_gibibytes(arm.disk_bytes) for arm in arms]),
+        ("peak memory", [size_text(arm.memory.total) if arm.memory else "-" for arm in arms]),
+        ("disk while running", [size_text(arm.disk_bytes) for arm in arms]),
         ("time here, roughly", [f"{arm.seconds / 60:.1f} min" for arm in arms]),
     ]
     for label, values in rows:
         table.add_row(label, *values)
     return table
-
-
-def _gibibytes(number: int) -> str:
-    return f"{number / 2**30:.1f} GiB"

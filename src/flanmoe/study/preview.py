@@ -1,5 +1,7 @@
 """Looking at examples as the model will see them."""
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +13,35 @@ from flanmoe.core.errors import DataError
 from flanmoe.data.chat import render_chat
 from flanmoe.data.example import Rendered
 from flanmoe.data.packing import tokenize
-from flanmoe.data.tasks import Task, TaskConfig, expand, load_tasks
+from flanmoe.data.sources.finding import DEFAULT_SPLIT
+from flanmoe.data.tasks import Rejected, Task, TaskConfig, load_tasks
 from flanmoe.data.tokenizer import Tokenizer
 from flanmoe.stages.held_model import HeldModel
 from flanmoe.stages.recipe import TuneStage
+from flanmoe.stages.task_names import named_tasks
 from flanmoe.study.study import load_study
+
+_MOST_REJECTED_SHOWN = 10
 
 
 def preview_task(
-    name: str, *, split: str, number: int, model: str, data_dir: Path | None
+    name: str, *, split: str | None, number: int, model: str, data_dir: Path | None
 ) -> dict[str, Any]:
-    """Show the first examples of a task (or of every task of a family)."""
+    """Show the first examples of a task (or of every task of a family), and what is rejected.
+
+    `split` None takes `train` where the task has splits.
+    """
+    configs = named_tasks([name], split=split, default_split=DEFAULT_SPLIT)
+    return _previews(configs, number, model=model, data_dir=data_dir)
+
+
+def _previews(
+    configs: Sequence[TaskConfig], number: int, *, model: str, data_dir: Path | None
+) -> dict[str, Any]:
+    # A preview is there to find bad records, so it never stops at one.
+    lenient = [config.model_copy(update={"on_bad_record": "skip"}) for config in configs]
+    tasks = load_tasks(lenient, data_dir=data_dir)
     tokenizer = HeldModel(model).text_tokenizer()
-    tasks = load_tasks([TaskConfig(name=name, split=split)], data_dir=data_dir)
     return {"tasks": {task.name: _preview(task, number, tokenizer) for task in tasks}}
 
 
@@ -44,7 +62,21 @@ def _preview(task: Task, number: int, tokenizer: Tokenizer) -> dict[str, Any]:
                 "loss_tokens": loss_tokens,
             }
         )
-    return {"size": task.size, "rejected": len(task.rejected), "examples": shown}
+    _show_rejected(task.rejected)
+    return {
+        "size": task.size,
+        "rejected": len(task.rejected),
+        "rejected_records": [dataclasses.asdict(record) for record in task.rejected],
+        "examples": shown,
+    }
+
+
+def _show_rejected(rejected: Sequence[Rejected]) -> None:
+    for record in rejected[:_MOST_REJECTED_SHOWN]:
+        # The reason begins with the place, as every message about a record does.
+        say(f"rejected: {record.reason}")
+    if len(rejected) > _MOST_REJECTED_SHOWN:
+        say(f"and {len(rejected) - _MOST_REJECTED_SHOWN} more; `--json` lists all")
 
 
 def _panel(rendered: Rendered, size: str) -> Panel:
@@ -64,7 +96,5 @@ def preview_file(path: Path, *, number: int, data_dir: Path | None) -> dict[str,
     for arm in study.arms.values():
         for stage in arm.stages:
             if isinstance(stage, TuneStage):
-                tokenizer = HeldModel(arm.model).text_tokenizer()
-                tasks = load_tasks(expand(stage.data.tasks), data_dir=data_dir)
-                return {"tasks": {task.name: _preview(task, number, tokenizer) for task in tasks}}
+                return _previews(stage.data.tasks, number, model=arm.model, data_dir=data_dir)
     raise DataError(f"The file {path} needs a `tune` stage to preview its data, but has none.")

@@ -39,6 +39,7 @@ class _Page:
     summary: TextTable
     drawings: tuple[Drawing, ...]
     limits: tuple[str, ...]
+    notes: tuple[str, ...]
     sections: tuple[Section, ...]
 
 
@@ -95,6 +96,7 @@ def _page(data: ReportData) -> _Page:
         summary=summary(data),
         drawings=drawings(data),
         limits=limits(data),
+        notes=(*data.warnings, *data.notes),
         sections=sections(data),
     )
 

@@ -51,12 +51,14 @@ class TaskScore(Config):
         loss: nats per token of the reference answer.
         accuracy: share of right choices, None where the task has no choices.
         num_seen: how many of the evaluated examples the model was trained on.
+        num_truncated: how many prompts were cut on their left to fit into the model's positions.
     """
 
     task: str
     loss: Score
     accuracy: Score | None = None
     num_seen: int = 0
+    num_truncated: int = 0
 
 
 class Evaluation(Config):
@@ -216,7 +218,7 @@ class ArmReport(Config):
         label: name of the arm.
         description: what the arm is, in a few words.
         seeds: the seeds it ran with.
-        parameters: counts of the model that was tuned.
+        parameters: counts of the model that the arm ends with; none trainable where nothing was tuned.
         flops: operations of one token.
         ledger: costs of tuning, all seeds together.
         memory: estimate and measurement of training.
@@ -243,6 +245,11 @@ class ArmReport(Config):
     router_losses: RouterLosses | None = None
     step0_max_abs_diff: float | None = None
 
+    @property
+    def was_tuned(self) -> bool:
+        """Whether the arm trained at all."""
+        return self.ledger.steps > 0
+
 
 class TaskData(Config):
     """What one task gave to training.
@@ -250,12 +257,16 @@ class TaskData(Config):
     Attributes:
         task: name of the task.
         num_examples: examples that it holds.
-        share: share of the drawn examples that came from it.
+        num_draws: how often one of them stands in a row that was trained on.
+        share: its share of the draws of all tasks.
+        num_rejected: records of it that were left out because they cannot be read.
     """
 
     task: str
     num_examples: int
+    num_draws: int = 0
     share: float
+    num_rejected: int = 0
 
 
 class DataReport(Config):
@@ -263,9 +274,9 @@ class DataReport(Config):
 
     Attributes:
         tasks: training tasks and their shares.
-        num_seen: different examples that entered a batch.
-        num_dropped: examples that were left out because they were longer than a row.
-        num_truncated: examples that were cut to fit into a row.
+        num_seen: different examples that stand in the rows trained on.
+        num_dropped: draws that were left out because they were longer than a row.
+        num_truncated: draws that were cut to fit into a row.
         padding_share: padding over all tokens.
         held_out: evaluated tasks of which other examples may have been trained on (split whole).
         evaluation_only: evaluated tasks that must never be trained on.
@@ -289,7 +300,10 @@ class Comparison(Config):
         seed: the seed that both ran with, None where the study has only one.
         metric: what was measured on every example.
         mean: mean difference.
-        standard_error: of the mean, None where one example is all there is.
+        standard_error: of the mean, None where one example is all there is. It and the interval
+            take the examples as independent draws, the tasks as given.
+        clustered_standard_error: the same where the examples of one task may move together; None
+            with a single task.
         low, high: ends of the interval.
         confidence: of the interval, between 0 and 1.
         num_examples: pairs.
@@ -302,6 +316,7 @@ class Comparison(Config):
     metric: Metric = "loss"
     mean: float
     standard_error: float | None = None
+    clustered_standard_error: float | None = None
     low: float
     high: float
     confidence: float = 0.95
@@ -347,7 +362,8 @@ class ReportData(Config):
         arms: in the order in which they are shown.
         data: what was trained on and what was kept back.
         comparisons: paired differences; `arms` ones first decide the verdict.
-        notes: sentences about what happened (warnings, what was left out).
+        warnings: sentences about what was left out or cut.
+        notes: other sentences about what happened.
         limits: sentences about what this run cannot show, beside those that follow from the data.
     """
 
@@ -361,6 +377,7 @@ class ReportData(Config):
     arms: tuple[ArmReport, ...] = Field(min_length=1)
     data: DataReport = DataReport()
     comparisons: tuple[Comparison, ...] = ()
+    warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()
 
@@ -372,6 +389,11 @@ class ReportData(Config):
         if self.baseline and self.baseline not in labels:
             raise ValueError(f"`baseline` must name an arm ({labels}), but found `{self.baseline}`")
         return self
+
+    @property
+    def was_tuned(self) -> bool:
+        """Whether any arm trained at all."""
+        return any(arm.was_tuned for arm in self.arms)
 
     @property
     def baseline_arm(self) -> ArmReport:

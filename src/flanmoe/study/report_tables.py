@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from flanmoe.study.report_data import ArmReport, Evaluation, ReportData, TaskScore
+from flanmoe.study.report_data import ArmReport, Comparison, Evaluation, ReportData, TaskScore
 from flanmoe.study.report_text import (
     accuracy_text,
     difference_text,
@@ -54,19 +54,17 @@ def summary(data: ReportData) -> TextTable:
     rows: list[tuple[str, Callable[[ArmReport], str]]] = [
         ("Parameters, total", lambda arm: short(arm.parameters.total)),
         ("Parameters, active", lambda arm: short(arm.parameters.active)),
-        ("Parameters, trained", lambda arm: short(arm.parameters.trainable)),
         ("FLOPs per token, forward", lambda arm: short(arm.flops.total)),
-        ("Tokens tuned on", lambda arm: short(arm.ledger.real_tokens)),
-        ("Time of tuning", lambda arm: duration(arm.ledger.seconds)),
-        ("Peak memory", _peak_text),
     ]
-    if any(arm.before or arm.after for arm in data.arms):
+    if data.was_tuned:
+        rows[2:2] = [("Parameters, trained", _tuned(lambda arm: short(arm.parameters.trainable)))]
         rows += [
-            ("Loss before", lambda arm: _loss(arm.before)),
-            ("Loss after", lambda arm: _loss(arm.after)),
-            ("Accuracy before", lambda arm: _accuracy(arm.before)),
-            ("Accuracy after", lambda arm: _accuracy(arm.after)),
+            ("Tokens tuned on", _tuned(lambda arm: short(arm.ledger.real_tokens))),
+            ("Time of tuning", _tuned(lambda arm: duration(arm.ledger.seconds))),
+            ("Peak memory", _tuned(_peak_text)),
         ]
+    if any(arm.before or arm.after for arm in data.arms):
+        rows += _score_rows(data)
     if any(arm.expert_load for arm in data.arms):
         rows.append(("Busiest expert", _busiest_text))
         rows.append(("Unused experts", _unused_text))
@@ -75,6 +73,25 @@ def summary(data: ReportData) -> TextTable:
         rows=tuple((name, *(cell(arm) for arm in data.arms)) for name, cell in rows),
         note=_summary_note(data),
     )
+
+
+def _score_rows(data: ReportData) -> list[tuple[str, Callable[[ArmReport], str]]]:
+    if not data.was_tuned:
+        return [
+            ("Loss", lambda arm: _loss(arm.before)),
+            ("Accuracy", lambda arm: _accuracy(arm.before)),
+        ]
+    return [
+        ("Loss before", lambda arm: _loss(arm.before)),
+        ("Loss after", lambda arm: _loss(arm.after)),
+        ("Accuracy before", lambda arm: _accuracy(arm.before)),
+        ("Accuracy after", lambda arm: _accuracy(arm.after)),
+    ]
+
+
+def _tuned(cell: Callable[[ArmReport], str]) -> Callable[[ArmReport], str]:
+    """Say so instead of a zero where an arm was not tuned."""
+    return lambda arm: cell(arm) if arm.was_tuned else "not tuned"
 
 
 def sections(data: ReportData) -> tuple[Section, ...]:
@@ -129,15 +146,18 @@ def _summary_note(data: ReportData) -> str:
         if known:
             sentences.append(f"Guessing scores {listed(list(known))} accuracy.")
     context = dict.fromkeys(exact(arm.flops.context_length) for arm in data.arms)
-    sentences.append(
-        f"FLOPs at a context of {listed(list(context))} tokens; training costs three times that."
-    )
+    training = "; training costs three times that" if data.was_tuned else ""
+    sentences.append(f"FLOPs at a context of {listed(list(context))} tokens{training}.")
     if any(arm.expert_load for arm in data.arms):
         sentences.append("Busiest expert: the largest load of any layer, over the even share.")
     seeds = max(len(arm.seeds) for arm in data.arms)
-    if seeds > 1:
+    if seeds > 1 and data.was_tuned:
         sentences.append(f"Tokens and time are of up to {seeds} seeds together.")
     return " ".join(sentences)
+
+
+def _error_text(comparison: Comparison, error: float | None) -> str:
+    return "n/a" if error is None else difference_text(comparison, error).lstrip("+")
 
 
 def _comparisons(data: ReportData) -> Section:
@@ -147,9 +167,8 @@ def _comparisons(data: ReportData) -> Section:
             item.reference if item.kind == "arms" else "before tuning",
             item.metric,
             f"{difference_text(item, item.mean)} {difference_unit(item.metric)}",
-            "n/a"
-            if item.standard_error is None
-            else difference_text(item, item.standard_error).lstrip("+"),
+            _error_text(item, item.standard_error),
+            _error_text(item, item.clustered_standard_error),
             f"{difference_text(item, item.low)} to {difference_text(item, item.high)}",
             f"{100 * item.confidence:g} %",
             exact(item.num_examples),
@@ -164,6 +183,7 @@ def _comparisons(data: ReportData) -> Section:
         "metric",
         "mean",
         "standard error",
+        "with tasks as clusters",
         "interval",
         "level",
         "n",
@@ -176,9 +196,18 @@ def _comparisons(data: ReportData) -> Section:
 def _tasks(data: ReportData) -> Section:
     tables = tuple(
         TextTable(
-            ("task", "n", "loss", "accuracy", "chance", "n with choices", "seen in training"),
+            (
+                "task",
+                "n",
+                "loss",
+                "accuracy",
+                "chance",
+                "n with choices",
+                "seen in training",
+                "prompts cut",
+            ),
             tuple(_task_row(task) for task in evaluation.tasks),
-            title=f"{arm.label}, {moment} tuning",
+            title=f"{arm.label}, {moment} tuning" if arm.was_tuned else arm.label,
         )
         for arm in data.arms
         for moment, evaluation in (("before", arm.before), ("after", arm.after))
@@ -198,23 +227,41 @@ def _task_row(task: TaskScore) -> tuple[str, ...]:
         "" if chance is None else percent(chance),
         exact(accuracy.num_examples) if accuracy else "",
         exact(task.num_seen),
+        exact(task.num_truncated),
     )
 
 
 def _data(data: ReportData) -> Section:
     report = data.data
     mixture = TextTable(
-        ("training task", "examples", "share of draws"),
-        tuple((task.task, exact(task.num_examples), percent(task.share)) for task in report.tasks),
+        (
+            "training task",
+            "examples that it holds",
+            "records left out",
+            "draws trained on",
+            "share of draws",
+        ),
+        tuple(
+            (
+                task.task,
+                exact(task.num_examples),
+                exact(task.num_rejected),
+                exact(task.num_draws),
+                percent(task.share),
+            )
+            for task in report.tasks
+        ),
     )
     counts = TextTable(
         ("quantity", "value"),
         (
             ("different examples trained on", exact(report.num_seen)),
-            ("examples dropped (longer than a row)", exact(report.num_dropped)),
-            ("examples truncated", exact(report.num_truncated)),
+            ("draws dropped (longer than a row)", exact(report.num_dropped)),
+            ("draws truncated", exact(report.num_truncated)),
             ("padding, share of all tokens", percent(report.padding_share)),
-        ),
+        )
+        if data.was_tuned
+        else (),
     )
     sentences = []
     if report.held_out:
@@ -226,24 +273,30 @@ def _data(data: ReportData) -> Section:
     return Section("Data", (mixture, counts), tuple(sentences))
 
 
+_TUNING_COSTS: tuple[tuple[str, Callable[[ArmReport], str]], ...] = (
+    ("parameters, trained", lambda arm: exact(arm.parameters.trainable)),
+    ("optimizer steps", lambda arm: exact(arm.ledger.steps)),
+    ("packed rows", lambda arm: exact(arm.ledger.sequences)),
+    ("real tokens", lambda arm: exact(arm.ledger.real_tokens)),
+    ("padding tokens", lambda arm: exact(arm.ledger.padding_tokens)),
+    ("tokens with loss", lambda arm: exact(arm.ledger.loss_tokens)),
+    ("FLOPs of tuning", lambda arm: short(arm.ledger.flops)),
+    ("seconds of tuning", lambda arm: f"{arm.ledger.seconds:.1f}"),
+    ("peak memory", _peak_text),
+)
+
+
 def _costs(data: ReportData) -> Section:
     quantities: list[tuple[str, Callable[[ArmReport], str]]] = [
         ("seeds", lambda arm: ", ".join(str(seed) for seed in arm.seeds)),
         ("parameters, total", lambda arm: exact(arm.parameters.total)),
         ("parameters, active", lambda arm: exact(arm.parameters.active)),
-        ("parameters, trained", lambda arm: exact(arm.parameters.trainable)),
         ("FLOPs per token: body", lambda arm: short(arm.flops.body)),
         ("FLOPs per token: head", lambda arm: short(arm.flops.head)),
         ("FLOPs per token: attention scores", lambda arm: short(arm.flops.attention_scores)),
-        ("optimizer steps", lambda arm: exact(arm.ledger.steps)),
-        ("packed rows", lambda arm: exact(arm.ledger.sequences)),
-        ("real tokens", lambda arm: exact(arm.ledger.real_tokens)),
-        ("padding tokens", lambda arm: exact(arm.ledger.padding_tokens)),
-        ("tokens with loss", lambda arm: exact(arm.ledger.loss_tokens)),
-        ("FLOPs of tuning", lambda arm: short(arm.ledger.flops)),
-        ("seconds of tuning", lambda arm: f"{arm.ledger.seconds:.1f}"),
-        ("peak memory", _peak_text),
     ]
+    if data.was_tuned:
+        quantities += [(name, _tuned(cell)) for name, cell in _TUNING_COSTS]
     if any(arm.step0_max_abs_diff is not None for arm in data.arms):
         quantities.append(("largest logit difference at step 0", _step0_text))
     note = (

@@ -234,7 +234,7 @@ def _scale_limit(data: ReportData) -> list[str]:
 
 
 def _seed_limit(data: ReportData) -> list[str]:
-    if any(len(arm.seeds) > 1 for arm in data.arms):
+    if any(len(arm.seeds) > 1 for arm in data.arms) or not data.was_tuned:
         return []
     return [
         "Every arm ran with one seed: the intervals cover the choice of questions, not the luck of training, "

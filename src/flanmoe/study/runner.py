@@ -4,6 +4,7 @@ A stage that finished has a `result.json` whose fingerprint covers its own confi
 stages before it. On `--resume` such stages are not run again.
 """
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -12,19 +13,26 @@ from typing import Any
 from flanmoe.core.cache import fingerprint
 from flanmoe.core.config import Config, read_yaml
 from flanmoe.core.console import say
+from flanmoe.core.errors import ConfigError
 from flanmoe.core.memory import peak_memory_bytes, reset_peak_memory
 from flanmoe.core.rundir import RunDir
 from flanmoe.core.seeds import SeedTree
+from flanmoe.models.flops import count_flops
+from flanmoe.models.loading import load_config
+from flanmoe.models.meta import meta_model
+from flanmoe.models.plan import count_parameters
 from flanmoe.stages.context import StageContext
 from flanmoe.stages.evaluate import run_evaluate
 from flanmoe.stages.held_model import HeldModel
 from flanmoe.stages.recipe import EvaluateStage, Recipe, Stage, TuneStage, UpcycleStage
 from flanmoe.stages.tune import run_tune
 from flanmoe.stages.upcycle import run_upcycle
-from flanmoe.study.executor import Executor, Job
+from flanmoe.study.executor import RESULT_FILE, Executor, Job, run_jobs
 from flanmoe.study.study import Study
+from flanmoe.training.checkpoints import remove_checkpoints
 
-RESULT_FILE = "result.json"
+# Context that the FLOPs of a model are stated at where no tuning says another; a plan takes the same.
+_CONTEXT_LENGTH = 1024
 
 
 def run_study(
@@ -33,19 +41,34 @@ def run_study(
     """Run every arm with every seed that is not finished yet; returns the study's folder.
 
     Raises:
+        ConfigError: if torchrun started several processes.
         RunError: if the folder holds something else, or `resume` finds nothing to resume.
         FlanmoeError: what a job raised; finished jobs are kept.
     """
-    run = RunDir.open(folder, study, resume=resume)
-    for seed in study.seeds:
-        for arm in study.arms:
-            job = Job(folder, arm, seed, data_dir)
-            if RunDir(job.folder).has(RESULT_FILE):
-                say(f"Arm {arm}, seed {seed}: finished before.")
-                continue
-            say(f"Arm {arm}, seed {seed}")
-            executor.run(job)
+    run = open_study(study, folder, resume=resume)
+    run_jobs(run, [Job(folder, arm, seed, data_dir) for arm, seed in study.jobs], executor)
     return run
+
+
+def open_study(study: Study, folder: Path, *, resume: bool) -> RunDir:
+    """Make the folder of a study, or open it again to go on; see `run_study`."""
+    _require_one_process()
+    return RunDir.open(folder, study, resume=resume)
+
+
+def _require_one_process() -> None:
+    # Every process would run the whole study into the same folder, on the same rows.
+    found = int(os.environ.get("WORLD_SIZE", "1"))
+    if found > 1:
+        raise ConfigError(
+            f"A study runs in 1 process, but torchrun started {found}. Run it without torchrun, or "
+            "tune in several processes from Python (`docs/guide/distributed.md`)."
+        )
+
+
+def run_job(*, study_dir: str, arm: str, seed: int, data_dir: str | None) -> None:
+    """Run one job in this process, which `LocalExecutor` started for it."""
+    run_arm(Job(Path(study_dir), arm, seed, Path(data_dir) if data_dir else None))
 
 
 def run_arm(job: Job) -> None:
@@ -56,16 +79,29 @@ def run_arm(job: Job) -> None:
     start = time.monotonic()
     # Shared by all arms of this seed, so that dense and sparse see the same batches.
     seeds = SeedTree(job.seed)
+    # Shared by all seeds too: their mean is over the luck of training, on the same questions.
+    questions = SeedTree(study.seeds[0])
     held = HeldModel(recipe.model)
     finished = fingerprint({"model": recipe.model, "seed": job.seed})
     results: list[dict[str, Any]] = []
     for number, stage in enumerate(recipe.stages):
         run = folder.child(f"{number:02d}-{stage.label}")
         finished = fingerprint([finished, stage.to_mapping()])
-        held, result = _run_or_skip(stage, held, StageContext(run, seeds, job.data_dir), finished)
+        context = StageContext(run, seeds, questions, job.data_dir)
+        held, result = _run_or_skip(stage, held, context, finished)
         results.append(result)
     _forget_intermediate_models(folder, results)
-    folder.write_json(RESULT_FILE, {"seconds": time.monotonic() - start, "stages": results})
+    result = {"seconds": time.monotonic() - start, "model": _size(held), "stages": results}
+    folder.write_json(RESULT_FILE, result)
+
+
+def _size(held: HeldModel) -> dict[str, Any]:
+    """Parameters and FLOPs of the model that an arm ends with, from its configuration."""
+    model = meta_model(load_config(held.reference))
+    return {
+        "parameters": count_parameters(model).to_mapping(),
+        "flops": count_flops(model, context_length=_CONTEXT_LENGTH).to_mapping(),
+    }
 
 
 def _run_or_skip(
@@ -75,6 +111,7 @@ def _run_or_skip(
         result = context.run.read_json(RESULT_FILE)
         if result["fingerprint"] == finished:
             say(f"  {stage.label}: finished before")
+            remove_checkpoints(context.run.path)
             return (HeldModel(result["model"]) if result["changed_model"] else held), result
     say(f"  {stage.label}")
     peak_is_own = reset_peak_memory()
@@ -92,6 +129,8 @@ def _run_or_skip(
         "details": details.to_mapping(),
     }
     context.run.write_json(RESULT_FILE, result)
+    # Only now: a run that is killed before goes on from them.
+    remove_checkpoints(context.run.path)
     return successor, result
 
 

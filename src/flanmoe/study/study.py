@@ -12,9 +12,10 @@ stands once under `model:` and `defaults:` (one block a stage kind, merged under
       sparse: {stages: [{stage: upcycle}, {stage: tune}]}
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import Field, field_validator, model_validator
 
@@ -83,6 +84,11 @@ class Study(Config):
         """Name of the arm that the others are compared with."""
         return self.baseline or next(iter(self.arms))
 
+    @property
+    def jobs(self) -> tuple[tuple[str, int], ...]:
+        """Arm and seed of every run, in the order in which they run."""
+        return tuple((arm, seed) for seed in self.seeds for arm in self.arms)
+
     def recipe(self, arm: str, seed: int) -> Recipe:
         """Return one arm with one seed as a recipe."""
         chosen = self.arms[arm]
@@ -122,7 +128,7 @@ def study_from_mapping(
 ) -> Study:
     """Build a study from the plain values of a file; see `load_study`."""
     values = dict(values)
-    profiles = values.pop("profiles", None) or {}
+    profiles = _checked_profiles(values.pop("profiles", None), origin)
     values = apply_overrides(values, [*_profile_overrides(profiles, profile, origin), *overrides])
     if "stages" in values and "arms" not in values:
         recipe = Recipe.parse(values, origin=origin)
@@ -133,38 +139,93 @@ def study_from_mapping(
             seeds=(recipe.seed,),
             arms={recipe.name.replace(".", "-"): arm},
         )
-    return Study.parse(_with_defaults(values, origin), origin=origin)
+    defaults = _checked_defaults(values.pop("defaults", None), origin)
+    study = Study.parse(_with_defaults(values, defaults), origin=origin)
+    _check_every_default_is_used(study, defaults, origin)
+    return study
 
 
-def _profile_overrides(profiles: Any, profile: str | None, origin: str) -> list[str]:
+def _problem(origin: str, path: str, sentence: str) -> ConfigError:
+    return ConfigError(f"{origin} has 1 problem:\n  {path}: {sentence}")
+
+
+def _mapping(value: Any, origin: str, path: str, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _problem(origin, path, f"must be a mapping of {what}, but is {value!r}.")
+    return cast("dict[str, Any]", value)
+
+
+def _checked_profiles(profiles: Any, origin: str) -> dict[str, dict[str, Any]]:
+    if profiles is None:
+        return {}
+    named = _mapping(profiles, origin, "profiles", "names to overrides")
+    what = "dotted keys to values"
+    return {
+        name: _mapping(overrides, origin, f"profiles.{name}", what)
+        for name, overrides in named.items()
+    }
+
+
+def _profile_overrides(
+    profiles: Mapping[str, Mapping[str, Any]], profile: str | None, origin: str
+) -> list[str]:
     if profile is None:
         return []
-    if not isinstance(profiles, dict) or profile not in profiles:
-        known = list(profiles) if isinstance(profiles, dict) else []
+    if profile not in profiles:
         raise ConfigError(
-            f"{origin} has no profile `{profile}`.{nearest_name_hint(profile, known)} "
-            f"Known: {listing(known) or 'none'}."
+            f"{origin} has no profile `{profile}`.{nearest_name_hint(profile, profiles)} "
+            f"Known: {listing(profiles) or 'none'}."
         )
-    return [f"{key}={value}" for key, value in profiles[profile].items()]
+    # Overrides are read as YAML, of which JSON is a part: what the file says arrives as it stands there.
+    return [
+        f"{key}={json.dumps(value, ensure_ascii=False, default=str)}"
+        for key, value in profiles[profile].items()
+    ]
 
 
-def _with_defaults(values: dict[str, Any], origin: str) -> dict[str, Any]:
-    """Spread `model` and `defaults` into the arms, leaving wrong shapes for validation to name."""
-    defaults = values.pop("defaults", None) or {}
-    model = values.pop("model", None)
-    for kind in defaults:
+def _checked_defaults(defaults: Any, origin: str) -> dict[str, dict[str, Any]]:
+    if defaults is None:
+        return {}
+    kinds = _mapping(defaults, origin, "defaults", "stage kinds to settings")
+    for kind in kinds:
         if kind not in STAGE_KINDS:
-            raise ConfigError(
-                f"{origin} has 1 problem:\n  defaults.{kind}: unknown stage kind `{kind}`."
-                f"{nearest_name_hint(kind, STAGE_KINDS)} Known: {listing(STAGE_KINDS)}."
+            raise _problem(
+                origin,
+                f"defaults.{kind}",
+                f"unknown stage kind `{kind}`.{nearest_name_hint(str(kind), STAGE_KINDS)} "
+                f"Known: {listing(STAGE_KINDS)}.",
             )
+    return {
+        kind: _mapping(settings, origin, f"defaults.{kind}", "settings to values")
+        for kind, settings in kinds.items()
+    }
+
+
+def _check_every_default_is_used(
+    study: Study, defaults: Mapping[str, Mapping[str, Any]], origin: str
+) -> None:
+    used = {stage.stage for arm in study.arms.values() for stage in arm.stages}
+    for kind in defaults:
+        if kind not in used:
+            raise _problem(
+                origin,
+                f"defaults.{kind}",
+                f"has no effect: every arm lacks a stage `{kind}`. Take it out, or add the stage.",
+            )
+
+
+def _with_defaults(
+    values: dict[str, Any], defaults: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Spread `model` and `defaults` into the arms, leaving wrong shapes for validation to name."""
+    model = values.pop("model", None)
     arms = values.get("arms")
     if not isinstance(arms, dict):
         return values
     return {**values, "arms": {name: _fill(arm, model, defaults) for name, arm in arms.items()}}
 
 
-def _fill(arm: Any, model: Any, defaults: dict[str, Any]) -> Any:
+def _fill(arm: Any, model: Any, defaults: Mapping[str, Mapping[str, Any]]) -> Any:
     if not isinstance(arm, dict):
         return arm
     filled = dict(arm)

@@ -1,46 +1,74 @@
-"""The process of one job: `python -m flanmoe.study.worker STUDY_DIR ARM SEED DATA_DIR`.
+"""The child's side of `child`: `python -m flanmoe.study.worker DESCRIPTOR TASK VALUES TRACEBACK_FILE`.
 
-Whatever goes wrong is written to `error.json` in the job's folder, one sentence and an exit status, for the
-parent to raise again.
+Whatever goes wrong is answered as one sentence and an exit status, for the parent to raise again.
 """
 
+import importlib
+import json
+import os
+import signal
 import sys
 import threading
 import traceback
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from flanmoe.core import files
-from flanmoe.core.errors import FlanmoeError, Interrupted
-from flanmoe.study.executor import ERROR_FILE, Job, die_with_parent
-from flanmoe.study.runner import run_arm
+from flanmoe.core.errors import DiskError, FlanmoeError
+
+# Imported by name once we are ready for Ctrl-C: they load torch, which takes seconds.
+_TASKS = {
+    "prepare": ("flanmoe.study.main_job", "prepare"),
+    "prepare_quickstart": ("flanmoe.study.main_job", "prepare_quickstart"),
+    "run_job": ("flanmoe.study.runner", "run_job"),
+    "report": ("flanmoe.study.main_job", "report"),
+}
+_STOPPED = 130
 
 
 def main(arguments: list[str]) -> int:
-    """Run one job and return the exit status."""
-    study_dir, arm, seed, data_dir = arguments
-    job = Job(Path(study_dir), arm, int(seed), Path(data_dir) if data_dir else None)
+    """Do one task, answer on the descriptor, and return the exit status."""
+    descriptor, task, values, traceback_file = arguments
     threading.Thread(target=die_with_parent, daemon=True).start()
+    answer = _answer(task, json.loads(values), Path(traceback_file) if traceback_file else None)
+    # A parent that is gone has nobody to tell.
+    with suppress(BrokenPipeError), open(int(descriptor), "w", encoding="utf-8") as stream:
+        json.dump(answer, stream)
+    return answer.get("exit_code", 0)
+
+
+def die_with_parent() -> None:
+    """Interrupt this process when its stdin closes, which it does when the parent is gone."""
+    os.read(sys.stdin.fileno(), 1)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def _answer(task: str, values: Mapping[str, Any], traceback_file: Path | None) -> dict[str, Any]:
     try:
-        run_arm(job)
+        module, name = _TASKS[task]
+        return {"value": getattr(importlib.import_module(module), name)(**values)}
     except KeyboardInterrupt:
-        return _report(
-            job, Interrupted(f"Arm `{arm}` was stopped; `--resume` goes on from where it was.")
-        )
+        return {"message": "", "exit_code": _STOPPED}
     except FlanmoeError as error:
-        return _report(job, error)
+        return {"message": str(error), "exit_code": error.exit_code}
     except Exception as error:
-        traceback.print_exc(file=(job.folder / "traceback.txt").open("w"))
-        sentence = (
-            f"{type(error).__name__}: {error}. The details are in {job.folder / 'traceback.txt'}."
-        )
-        return _report(job, FlanmoeError(f"Arm `{arm}` failed with {sentence}"))
-    return 0
+        sentence = f"An unexpected {type(error).__name__} stopped the command: {error}."
+        return {"message": f"{sentence} {_details(traceback_file)}", "exit_code": 1}
 
 
-def _report(job: Job, error: FlanmoeError) -> int:
-    content = {"message": str(error), "exit_code": error.exit_code}
-    files.write_json(job.folder / ERROR_FILE, content)
-    return error.exit_code
+def _details(traceback_file: Path | None) -> str:
+    """Keep the traceback of the error in hand, and say where."""
+    if os.environ.get("FLANMOE_TRACEBACK"):
+        traceback.print_exc()
+    if traceback_file is None:
+        return "Set FLANMOE_TRACEBACK=1 to see where, and please report it."
+    try:
+        files.write_text(traceback_file, traceback.format_exc())
+    except DiskError as error:
+        return str(error)
+    return f"The details are in {traceback_file}; please report it."
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flanmoe.models.blocks import require_moe_blocks
-from flanmoe.moe.block import ExpertWeights, MoEBlock, RouterOutput
+from flanmoe.moe.block import ExpertWeights, MoEBlock
+from flanmoe.moe.routing import Routing
 
 
 def check_moe_blocks(model: PreTrainedModel) -> None:
@@ -30,8 +31,8 @@ def check_moe_blocks(model: PreTrainedModel) -> None:
 
 
 def check_counts(block: MoEBlock) -> None:
-    """Check that every expert has the block's sizes, and that the experts' parameters are all
-    read."""
+    """Check that every expert has the block's sizes,
+    and that the experts' parameters are all read."""
     assert 1 <= block.top_k <= block.num_experts, f"{block.name}: top_k {block.top_k}"
     wide, high = (block.expert_width, block.hidden_size), (block.hidden_size, block.expert_width)
     read = 0
@@ -59,28 +60,28 @@ def check_experts_read_back(block: MoEBlock) -> None:
 
 
 def check_router(model: PreTrainedModel, block: MoEBlock) -> None:
-    """Check what the router returns inside the model: shapes, ids, and whether gates are
-    renormalised."""
+    """Check what the router returns inside the model:
+    shapes, ids, and whether gates are renormalised."""
     tokens = _tokens(model)
-    output = _router_outputs(model, block, tokens)
+    routing = _routing(model, block, tokens)
     num_tokens = tokens.numel()
-    assert output.logits.shape == (num_tokens, block.num_experts), f"{block.name}: logits"
-    assert output.gates.shape == (num_tokens, block.top_k), f"{block.name}: gates"
-    assert output.expert_ids.shape == (num_tokens, block.top_k), f"{block.name}: expert ids"
-    distinct = output.expert_ids.sort(dim=-1).values.diff(dim=-1)
+    assert routing.logits.shape == (num_tokens, block.num_experts), f"{block.name}: logits"
+    expert_ids, gates = routing.slots()
+    assert expert_ids.shape == (num_tokens, block.top_k), f"{block.name}: expert ids"
+    distinct = expert_ids.sort(dim=-1).values.diff(dim=-1)
     assert (distinct > 0).all(), f"{block.name}: a token visits an expert twice"
-    sums = output.gates.sum(dim=-1)
+    sums = gates.sum(dim=-1)
     constant = bool((sums.max() - sums.min()) < 1e-4 * sums.max())
     assert constant == block.norm_top_k, f"{block.name}: norm_top_k is {block.norm_top_k}"
 
 
 def check_writing_reaches_the_model(model: PreTrainedModel, block: MoEBlock) -> None:
-    """Check that the model's output depends on each matrix of an expert that is in use, as
-    written."""
+    """Check that the model's output depends on each matrix of an expert
+    that is in use, as written."""
     tokens = _tokens(model)
     with torch.no_grad():
         before = model(tokens, use_cache=False).logits
-        index = int(_router_outputs(model, block, tokens).expert_ids[0, 0])
+        index = int(_routing(model, block, tokens).expert_ids[0])
         weights = block.read_expert(index)
         for name, matrix in _matrices(weights).items():
             block.write_expert(index, dataclasses.replace(weights, **{name: matrix + 0.5}))
@@ -91,11 +92,11 @@ def check_writing_reaches_the_model(model: PreTrainedModel, block: MoEBlock) -> 
     assert torch.equal(before, restored), f"{block.name}: writing back does not restore the model"
 
 
-def _router_outputs(model: PreTrainedModel, block: MoEBlock, tokens: Tensor) -> RouterOutput:
-    seen: list[RouterOutput] = []
+def _routing(model: PreTrainedModel, block: MoEBlock, tokens: Tensor) -> Routing:
+    seen: list[Routing] = []
 
     def record(module: Any, arguments: Any, returned: Any) -> None:
-        seen.append(block.router_output(returned))
+        seen.append(block.routing(returned))
 
     handle = block.router.register_forward_hook(record)
     with torch.no_grad():

@@ -38,8 +38,8 @@ _SHARED: Mapping[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
-    # Far above the usual 0.02: with so few channels the routers would otherwise hardly tell tokens
-    # apart.
+    # Far above the usual 0.02: with so few channels the routers would otherwise hardly tell
+    # tokens apart.
     "initializer_range": 0.2,
     "pad_token_id": 0,
     "bos_token_id": 1,

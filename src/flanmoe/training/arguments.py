@@ -10,7 +10,9 @@ from transformers import TrainingArguments
 from flanmoe.core.config import Config
 from flanmoe.core.errors import ConfigError
 from flanmoe.core.seeds import SeedTree
+from flanmoe.models.freezing import FreezePresets
 from flanmoe.training.router_losses import RouterLossConfig
+from flanmoe.training.sharding import Sharding
 
 _SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
@@ -33,9 +35,16 @@ class TuneConfig(Config):
         precision: `bfloat16` computes in bfloat16 where autocast does, with float32 weights and
             optimizer state; `float32` computes everything in float32.
         router: the router losses; without effect on a dense model.
+        freeze: parts of the model that keep their weights, any of `gate`, `experts`, `moe`,
+            `non_moe` and `attention` together; see `flanmoe.models.freezing`. FLOPs are counted as
+            if everything trained.
+        expert_dropout: share of the hidden units inside routed experts that is dropped, beside
+            whatever dropout the model's configuration has; see `flanmoe.models.expert_dropout`.
         checkpoint_every_steps: how often to save, and at the end; None saves after Ctrl-C only.
         keep_checkpoints: how many complete checkpoints stay on disk.
         gradient_checkpointing: compute activations again in the backward pass to save memory.
+        sharding: `fsdp` spreads weights, gradients and optimizer state over the processes, of which
+            there must be at least 2 (torchrun); with `none` each of them holds everything.
         seed: another value draws dropout and router noise anew; the data stays the same.
     """
 
@@ -52,9 +61,12 @@ class TuneConfig(Config):
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     router: RouterLossConfig = RouterLossConfig()
+    freeze: FreezePresets = ()
+    expert_dropout: float = Field(default=0.0, ge=0, lt=1)
     checkpoint_every_steps: int | None = Field(default=None, ge=1)
     keep_checkpoints: int = Field(default=1, ge=1)
     gradient_checkpointing: bool = False
+    sharding: Sharding = "none"
     seed: int = Field(default=0, ge=0)
 
     @field_validator("micro_batch_rows")
@@ -89,7 +101,8 @@ def training_arguments(config: TuneConfig, folder: Path, seeds: SeedTree) -> Tra
         seeds: the branch of the seed tree that belongs to this run.
 
     Raises:
-        ConfigError: if the rows of a step cannot be shared evenly between the processes.
+        ConfigError: if the rows of a step cannot be shared evenly between the processes, or there
+            are too few processes to shard over.
     """
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -124,9 +137,23 @@ def training_arguments(config: TuneConfig, folder: Path, seeds: SeedTree) -> Tra
         ignore_data_skip=True,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
+        # Gradients that are summed up before they are spread would be held whole by every process.
+        accelerator_config={
+            "gradient_accumulation_kwargs": {"sync_each_batch": config.sharding == "fsdp"}
+        },
     )
+    _require_processes(config, arguments.world_size)
     arguments.gradient_accumulation_steps = _micro_batches(config, arguments.world_size)
     return arguments
+
+
+def _require_processes(config: TuneConfig, num_processes: int) -> None:
+    if config.sharding == "fsdp" and num_processes < 2:
+        raise ConfigError(
+            "`sharding: fsdp` needs at least 2 processes to spread the model over, but there is "
+            f"{num_processes}. Start a script with `torchrun --nproc-per-node 2` "
+            "(`docs/guide/distributed.md`), or set `sharding: none`."
+        )
 
 
 def _micro_batches(config: TuneConfig, num_processes: int) -> int:

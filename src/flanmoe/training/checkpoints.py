@@ -3,48 +3,78 @@
 A checkpoint is written under a temporary name, flushed to disk, closed with a completion marker, and
 only then renamed. A kill at any moment leaves the checkpoint before it in place, and older ones are
 removed only after a newer one is complete. Its files are transformers' own (it loads with
-`AutoModelForCausalLM`), and one of ours with the position in the data, the counts of the router
-losses and what the callbacks have gathered.
+`AutoModelForCausalLM`, sharded or not), and for each process one of ours with the position in the
+data, the counts of the router losses and what the callbacks have gathered. The optimizer state of a
+sharded model is a folder to which each process adds what it holds.
 """
 
 import errno
 import os
 import re
 import shutil
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, distributed
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from flanmoe.core import files
 from flanmoe.core.config import Config
 from flanmoe.core.errors import RunError
+from flanmoe.training.sharding import Sharding, set_full_weights
 
 CHECKPOINTS_FOLDER = "checkpoints"
 MARKER = "complete.json"
 _RUN_STATE = "run_state.json"
+_OPTIMIZER_SHARDS = "optimizer"
 _PARTIAL = ".partial"
 _NEARLY_NOTHING = 2**16
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
+class Layout(Config):
+    """How a run lies on processes.
+
+    Attributes:
+        num_processes: number of processes.
+        sharding: what is spread over them.
+    """
+
+    num_processes: int = 1
+    sharding: Sharding = "none"
+
+    def __str__(self) -> str:
+        plural = "es" if self.num_processes > 1 else ""
+        return f"{self.num_processes} process{plural} with `sharding: {self.sharding}`"
+
+
 class RunState(Config):
-    """What a run goes on from beside weights, optimizer, schedule and random state.
+    """What one process goes on from beside weights, optimizer, schedule and random state.
 
     Attributes:
         rows_trained: rows that this process has trained on.
         stream: position in the data.
         scope: state of the balance loss's scope.
         callbacks: state of each callback by its name.
+        layout: the processes of the run.
     """
 
     rows_trained: int
     stream: dict[str, Any]
     scope: dict[str, Any]
     callbacks: dict[str, dict[str, Any]]
+    layout: Layout = Layout()
 
 
 def latest_checkpoint(run_folder: Path) -> Path | None:
@@ -54,7 +84,9 @@ def latest_checkpoint(run_folder: Path) -> Path | None:
     """
     folder = run_folder / CHECKPOINTS_FOLDER
     for path in _unfinished(folder):
-        shutil.rmtree(path)
+        # Every process of a run looks, and may find the others removing it already.
+        with suppress(FileNotFoundError):
+            shutil.rmtree(path)
     complete = _complete(folder)
     return complete[-1] if complete else None
 
@@ -109,14 +141,38 @@ def writing(folder: Path, *, step: int, is_writer: bool = True) -> Generator[Pat
             raise
 
 
-def write_run_state(checkpoint: Path, state: RunState) -> None:
-    """Write our own file of a checkpoint."""
-    files.write_json(checkpoint / _RUN_STATE, state.to_mapping())
+def write_run_state(checkpoint: Path, state: RunState, *, process: int = 0) -> None:
+    """Write our own file of a checkpoint, that of one process."""
+    files.write_json(_run_state_file(checkpoint, process), state.to_mapping())
 
 
-def read_run_state(checkpoint: Path) -> RunState:
-    """Read our own file of a checkpoint."""
-    return RunState.parse(files.read_json_file(checkpoint / _RUN_STATE), origin=str(checkpoint))
+def read_run_state(checkpoint: Path, *, layout: Layout | None = None, process: int = 0) -> RunState:
+    """Read our own file of a checkpoint, that of one process.
+
+    Args:
+        checkpoint: folder of the checkpoint.
+        layout: the processes that go on from it; one that shards nothing by default.
+        process: number of this process.
+
+    Raises:
+        RunError: if other processes wrote the checkpoint.
+    """
+    first = _read_run_state(_run_state_file(checkpoint, 0))
+    layout = layout or Layout()
+    if first.layout != layout:
+        raise RunError(
+            f"The checkpoint {checkpoint} was written by {first.layout}, but resumed by {layout}. "
+            "Resume as the run was started."
+        )
+    return _read_run_state(_run_state_file(checkpoint, process)) if process else first
+
+
+def _run_state_file(checkpoint: Path, process: int) -> Path:
+    return checkpoint / (f"run_state_{process}.json" if process else _RUN_STATE)
+
+
+def _read_run_state(file: Path) -> RunState:
+    return RunState.parse(files.read_json_file(file), origin=str(file))
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
@@ -125,20 +181,76 @@ def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     Raises:
         RunError: if the checkpoint is of a model of another shape.
     """
+    saved = _saved_weights(checkpoint, kind=type(model), dtype=model.dtype)
+    _require_same(checkpoint, _different(model, saved))
+    model.load_state_dict(saved)
+
+
+def load_sharded_weights(
+    sharded: PreTrainedModel, checkpoint: Path, *, kind: type[PreTrainedModel]
+) -> None:
+    """Overwrite the weights of a sharded model; every process must call it.
+
+    The first process reads the checkpoint and hands the others their parts.
+
+    Args:
+        sharded: what `sharded_copy` returned.
+        checkpoint: folder of the checkpoint.
+        kind: the class of the model that was sharded.
+
+    Raises:
+        RunError: if the checkpoint is of a model of another shape; in every process.
+    """
+    saved: dict[str, Tensor] = {}
+    different: list[list[str]] = [[]]
+    if distributed.get_rank() == 0:
+        saved = _saved_weights(checkpoint, kind=kind, dtype=sharded.dtype)
+        different = [_different(sharded, saved)]
+    distributed.broadcast_object_list(different)
+    _require_same(checkpoint, different[0])
+    set_full_weights(sharded, saved)
+
+
+def save_sharded_optimizer(
+    sharded: PreTrainedModel, optimizer: Optimizer, checkpoint: Path
+) -> None:
+    """Write what each process holds of the optimizer state; every process must call it."""
+    state: dict[str, Any] = {"optimizer": get_optimizer_state_dict(sharded, optimizer)}
+    save_shards(state, checkpoint_id=checkpoint / _OPTIMIZER_SHARDS)
+
+
+def load_sharded_optimizer(
+    sharded: PreTrainedModel, optimizer: Optimizer, checkpoint: Path
+) -> None:
+    """Take over what `save_sharded_optimizer` wrote; every process must call it."""
+    state: dict[str, Any] = {"optimizer": get_optimizer_state_dict(sharded, optimizer)}
+    load_shards(state, checkpoint_id=checkpoint / _OPTIMIZER_SHARDS)
+    set_optimizer_state_dict(sharded, optimizer, state["optimizer"])
+
+
+def _saved_weights(
+    checkpoint: Path, *, kind: type[PreTrainedModel], dtype: torch.dtype
+) -> dict[str, Tensor]:
     with _no_progress_bars():
-        saved = type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
+        return kind.from_pretrained(checkpoint, dtype=dtype).state_dict()
+
+
+def _different(model: PreTrainedModel, saved: Mapping[str, Tensor]) -> list[str]:
+    """Return the names that only one of the two has, or that have another shape."""
     own = model.state_dict()
-    different = sorted(
+    return sorted(
         name
         for name in own.keys() | saved.keys()
         if name not in own or name not in saved or own[name].shape != saved[name].shape
     )
+
+
+def _require_same(checkpoint: Path, different: list[str]) -> None:
     if different:
         raise RunError(
             f"The checkpoint {checkpoint} must hold the model that is to be trained, but "
             f"{len(different)} tensors differ, the first is {different[0]}. Start a new run."
         )
-    model.load_state_dict(saved)
 
 
 @contextmanager

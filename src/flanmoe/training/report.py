@@ -1,5 +1,6 @@
 """`StepReport`: what one optimizer step did, as told to the callbacks."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxtyping import Int
@@ -14,16 +15,14 @@ class RouterReport:
 
     Attributes:
         balance_per_layer: raw balance loss of each sparse layer.
-        balance_raw, z_raw: means over layers, before their coefficients.
-        balance_weighted, z_weighted: what entered the loss.
+        raw: by name of the loss, over all layers and before its coefficient.
+        weighted: by name of the loss, what entered the training loss.
         counts: assignments of each expert, layer by layer.
     """
 
     balance_per_layer: tuple[float, ...]
-    balance_raw: float
-    balance_weighted: float
-    z_raw: float
-    z_weighted: float
+    raw: Mapping[str, float]
+    weighted: Mapping[str, float]
     counts: tuple[Int[Tensor, " _"], ...]
 
 
@@ -62,10 +61,7 @@ class StepReport:
             "gradient_norm": self.gradient_norm,
         }
         if self.router is not None:
-            metrics |= {
-                "router/balance_raw": self.router.balance_raw,
-                "router/balance_weighted": self.router.balance_weighted,
-                "router/z_raw": self.router.z_raw,
-                "router/z_weighted": self.router.z_weighted,
-            }
+            for name, value in self.router.raw.items():
+                metrics[f"router/{name}_raw"] = value
+                metrics[f"router/{name}_weighted"] = self.router.weighted[name]
         return metrics

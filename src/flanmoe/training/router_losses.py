@@ -1,14 +1,15 @@
 """The router losses of one optimizer step, put together from its micro-batches.
 
-The balance loss is a product of two means (how often an expert is chosen, how likely it was), so the
-losses of micro-batches do not simply add up to that of their step. Four scopes say what the counts
-are taken over. Everything here is per layer first; the mean over layers comes last.
+The balance loss is a product of two means (how often an expert is chosen, how likely it was), and the
+importance loss a square of means, so the losses of micro-batches do not simply add up to that of
+their step. Four scopes say what is taken over which tokens. Everything here is per layer first;
+layers are put together last, as the convention says.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from jaxtyping import Float, Int
@@ -17,54 +18,122 @@ from torch import Tensor
 
 from flanmoe.core.config import Config
 from flanmoe.moe.block import MoEBlock
-from flanmoe.moe.losses import balance_loss, sequence_balance_loss, z_loss
+from flanmoe.moe.losses import (
+    CONVENTIONS,
+    Convention,
+    ConventionName,
+    Counting,
+    asked_counts,
+    balance_loss,
+    importance_loss,
+    probability_sums,
+    sequence_balance_loss,
+    sequence_importance_loss,
+    z_loss,
+)
 from flanmoe.moe.routing import Routing
 from flanmoe.training.rows import StepTotals
 
 
 class RouterLossConfig(Config):
-    """Coefficients and scope of the router losses.
+    """Coefficients, convention and scope of the router losses.
 
     Attributes:
-        balance_coefficient: factor of the load-balancing loss (k when balanced); 0 turns it off.
+        balance_coefficient: factor of the load-balancing loss; 0 turns it off.
+        importance_coefficient: factor of the importance loss (squared coefficient of variation of
+            the experts' summed probabilities); 0, the default, turns it off.
         z_coefficient: factor of the router z-loss; 0 turns it off.
-        scope: what the balance loss counts expert use over: the tokens of the whole optimizer step
+        convention: whose coefficients these are; says which choices the balance loss counts and
+            whether layers are averaged or added up (`flanmoe.moe.losses.CONVENTIONS`).
+        scope: what balance and importance are taken over: the tokens of the whole optimizer step
             (`global`), of the step before (`lagged`), of each example (`sequence`), or of each
             micro-batch (`micro_batch`, which makes the loss depend on how a step is cut).
     """
 
     balance_coefficient: float = Field(default=0.01, ge=0)
+    importance_coefficient: float = Field(default=0.0, ge=0)
     z_coefficient: float = Field(default=0.001, ge=0)
+    convention: ConventionName = "t5x"
     scope: Literal["sequence", "global", "lagged", "micro_batch"] = "global"
 
     @property
     def is_on(self) -> bool:
-        """Whether either loss has a coefficient above 0."""
-        return self.balance_coefficient > 0 or self.z_coefficient > 0
+        """Whether any loss enters the training loss."""
+        return self.needs_scope or self.weights.z > 0
+
+    @property
+    def needs_scope(self) -> bool:
+        """Whether a loss that depends on the scope enters the training loss."""
+        return self.balance_coefficient > 0 or self.importance_coefficient > 0
+
+    @property
+    def rules(self) -> Convention:
+        """What the named convention says."""
+        return CONVENTIONS[self.convention]
+
+    @property
+    def weights(self) -> "LossWeights":
+        """What each loss is multiplied by after its layers have been put together."""
+        z = self.z_coefficient * self.rules.z_factor(self.balance_coefficient)
+        return LossWeights(self.balance_coefficient, self.importance_coefficient, z)
 
 
-class BalanceScope(ABC):
-    """What the balance loss counts expert use over.
+class LossWeights(NamedTuple):
+    """Factors of the balance, importance and z-loss."""
+
+    balance: float
+    importance: float
+    z: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerUse:
+    """How some tokens use the experts of one layer. Sums of several batches describe them together.
 
     Attributes:
-        needs_counts: whether the expert counts of a whole step must be known before its first loss.
+        asked: tokens that asked for each expert.
+        probabilities: sum of their router probabilities for it.
     """
 
-    needs_counts = False
+    asked: Int[Tensor, " E"]
+    probabilities: Float[Tensor, " E"]
+
+    @classmethod
+    def of(cls, routing: Routing, counting: Counting) -> "LayerUse":
+        """Count one layer's routing."""
+        sums = probability_sums(routing).detach().double()
+        return cls(asked_counts(routing, counting=counting), sums)
+
+    def __add__(self, other: "LayerUse") -> "LayerUse":
+        return LayerUse(self.asked + other.asked, self.probabilities + other.probabilities)
+
+
+class Scope(ABC):
+    """What the balance and the importance loss are taken over.
+
+    Attributes:
+        needs_use: whether the expert use of a whole step must be known before its first loss.
+    """
+
+    needs_use = False
 
     def start_step(  # noqa: B027 - most scopes need not do anything
-        self, counts: Sequence[Int[Tensor, " _"]], totals: StepTotals
+        self, use: Sequence[LayerUse], totals: StepTotals
     ) -> None:
-        """Take the expert counts of the step that begins, where `needs_counts` is set."""
+        """Take the expert use of the step that begins, where `needs_use` is set."""
 
     @abstractmethod
-    def share(self, layer: int, routing: Routing, totals: StepTotals) -> Float[Tensor, ""]:
+    def balance(self, layer: int, routing: Routing, totals: StepTotals) -> Float[Tensor, ""]:
         """Return what one micro-batch adds to the balance loss of one layer in this step."""
 
+    @abstractmethod
+    def importance(self, layer: int, routing: Routing, totals: StepTotals) -> Float[Tensor, ""]:
+        """Return what one micro-batch adds to the importance loss of one layer in this step."""
+
     def finish_step(  # noqa: B027
-        self, counts: Sequence[Int[Tensor, " _"]], totals: StepTotals
+        self, use: Sequence[LayerUse], totals: StepTotals
     ) -> None:
-        """Take the expert counts of the step that ends."""
+        """Take the expert use of the step that ends."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next step depends on, as plain JSON types."""
@@ -75,140 +144,204 @@ class BalanceScope(ABC):
 
 
 @final
-class SequenceScope(BalanceScope):
-    """Every example by itself: additive, so it does not depend on how a step is cut."""
+class SequenceScope(Scope):
+    """Every example by itself: additive, so it does not depend on how a step is cut.
 
-    def share(self, layer: int, routing: Routing, totals: StepTotals) -> Float[Tensor, ""]:
+    Args:
+        counting: choices that the balance loss counts.
+    """
+
+    def __init__(self, counting: Counting) -> None:
+        self._counting: Counting = counting
+
+    def balance(self, layer: int, routing: Routing, totals: StepTotals) -> Float[Tensor, ""]:
         """Return the sum over the examples of the micro-batch, over the examples of the step."""
-        return sequence_balance_loss(routing, num_sequences=totals.examples)
+        return sequence_balance_loss(
+            routing, counting=self._counting, num_sequences=totals.examples
+        )
+
+    def importance(self, layer: int, routing: Routing, totals: StepTotals) -> Float[Tensor, ""]:
+        """Return the sum over the examples of the micro-batch, over the examples of the step."""
+        return sequence_importance_loss(routing, num_sequences=totals.examples)
 
 
 @final
-class MicroBatchScope(BalanceScope):
+class MicroBatchScope(Scope):
     """Every micro-batch by itself, then their mean, as common trainers do.
 
     Not invariant: smaller micro-batches ask for balance over fewer tokens.
+
+    Args:
+        counting: choices that the balance loss counts.
     """
 
-    def share(self, layer: int, routing: Routing, totals: StepTotals) -> Float[Tensor, ""]:
+    def __init__(self, counting: Counting) -> None:
+        self._counting: Counting = counting
+
+    def balance(self, layer: int, routing: Routing, totals: StepTotals) -> Float[Tensor, ""]:
         """Return the loss of the micro-batch alone, over the number of micro-batches."""
-        return balance_loss(routing) / totals.micro_batches
+        return balance_loss(routing, counting=self._counting) / totals.micro_batches
+
+    def importance(self, layer: int, routing: Routing, totals: StepTotals) -> Float[Tensor, ""]:
+        """Return the loss of the micro-batch alone, over the number of micro-batches."""
+        return importance_loss(routing) / totals.micro_batches
 
 
-class _CountedScope(BalanceScope):
-    """Fixed fractions of the whole step, against which each micro-batch sets its probabilities."""
+class _FixedUseScope(Scope):
+    """Fixed use by a whole step, against which each micro-batch sets its probabilities."""
 
     def __init__(self) -> None:
         self._fractions: list[Tensor] = []
+        self._means: list[Tensor] = []
 
-    def share(self, layer: int, routing: Routing, totals: StepTotals) -> Float[Tensor, ""]:
+    def balance(self, layer: int, routing: Routing, totals: StepTotals) -> Float[Tensor, ""]:
         """Return the micro-batch's part of the sum over the tokens of the step."""
         fractions = self._fractions[layer].to(routing.logits.device)
         return balance_loss(routing, fractions=fractions, num_tokens=totals.real_tokens)
 
-    def _set(self, counts: Sequence[Int[Tensor, " _"]], num_tokens: int) -> None:
-        self._fractions = [layer.double() / max(num_tokens, 1) for layer in counts]
+    def importance(self, layer: int, routing: Routing, totals: StepTotals) -> Float[Tensor, ""]:
+        """Return the micro-batch's part of the loss's tangent at the use of the whole step."""
+        means = self._means[layer].to(routing.logits.device)
+        return importance_loss(routing, means=means, num_tokens=totals.real_tokens)
+
+    def _set(self, use: Sequence[LayerUse], num_tokens: Sequence[int]) -> None:
+        pairs = list(zip(use, num_tokens, strict=True))
+        self._fractions = [layer.asked.double() / max(number, 1) for layer, number in pairs]
+        self._means = [layer.probabilities.double() / max(number, 1) for layer, number in pairs]
 
 
 @final
-class GlobalScope(_CountedScope):
+class GlobalScope(_FixedUseScope):
     """All tokens of the step, over all micro-batches and processes.
 
     Does not depend on how a step is cut. Steps of several micro-batches need a pass without
     gradients over all of them first.
     """
 
-    needs_counts = True
+    needs_use = True
 
-    def start_step(self, counts: Sequence[Int[Tensor, " _"]], totals: StepTotals) -> None:
-        """Take the counts of the step that begins."""
-        self._set(counts, totals.real_tokens)
+    def start_step(self, use: Sequence[LayerUse], totals: StepTotals) -> None:
+        """Take the use of the step that begins."""
+        self._set(use, [totals.real_tokens] * len(use))
 
 
 @final
-class LaggedScope(_CountedScope):
+class LaggedScope(_FixedUseScope):
     """Expert use of the step before against the probabilities of this one.
 
     Does not depend on how a step is cut, and costs nothing. The first step assumes even use.
 
     Args:
-        num_experts, top_k: counts of each sparse layer.
+        num_experts, num_choices: counts of each sparse layer; of the choices those that the balance
+            loss counts.
     """
 
-    def __init__(self, num_experts: Sequence[int], top_k: Sequence[int]) -> None:
+    def __init__(self, num_experts: Sequence[int], num_choices: Sequence[int]) -> None:
         super().__init__()
-        pairs = zip(num_experts, top_k, strict=True)
-        self._counts = [[k] * num for num, k in pairs]
-        self._num_tokens = list(num_experts)
-        self._use()
+        self._take(
+            [
+                LayerUse(
+                    torch.full((experts,), choices, dtype=torch.long),
+                    torch.ones(experts, dtype=torch.double),
+                )
+                for experts, choices in zip(num_experts, num_choices, strict=True)
+            ],
+            list(num_experts),
+        )
 
-    def finish_step(self, counts: Sequence[Int[Tensor, " _"]], totals: StepTotals) -> None:
-        """Keep the counts for the next step."""
-        self._counts = [layer.tolist() for layer in counts]
-        self._num_tokens = [max(totals.real_tokens, 1)] * len(counts)
-        self._use()
+    def finish_step(self, use: Sequence[LayerUse], totals: StepTotals) -> None:
+        """Keep the use for the next step."""
+        self._take(use, [max(totals.real_tokens, 1)] * len(use))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counts of the last step."""
-        return {"counts": self._counts, "num_tokens": self._num_tokens}
+        """Return the use of the last step."""
+        return {
+            "asked": [layer.asked.tolist() for layer in self._use],
+            "probabilities": [layer.probabilities.tolist() for layer in self._use],
+            "num_tokens": self._num_tokens,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the counts of the last step."""
-        self._counts = [list(layer) for layer in state["counts"]]
-        self._num_tokens = list(state["num_tokens"])
-        self._use()
+        """Take over the use of the last step."""
+        pairs = zip(state["asked"], state["probabilities"], strict=True)
+        use = [
+            LayerUse(torch.tensor(asked), torch.tensor(sums, dtype=torch.double))
+            for asked, sums in pairs
+        ]
+        self._take(use, list(state["num_tokens"]))
 
-    def _use(self) -> None:
-        pairs = zip(self._counts, self._num_tokens, strict=True)
-        self._fractions = [torch.tensor(layer).double() / number for layer, number in pairs]
+    def _take(self, use: Sequence[LayerUse], num_tokens: list[int]) -> None:
+        self._use = list(use)
+        self._num_tokens = num_tokens
+        self._set(self._use, num_tokens)
 
 
-def balance_scope(config: RouterLossConfig, blocks: Sequence[MoEBlock]) -> BalanceScope:
+def scope_of(config: RouterLossConfig, blocks: Sequence[MoEBlock]) -> Scope:
     """Build the scope that a configuration names, for the sparse blocks of a model.
 
-    With a coefficient of 0 the balance loss is only a reading, not worth a pass of its own: it is
-    then that of the micro-batches, whatever scope is named.
+    With both coefficients at 0 the losses are only readings, not worth a pass of their own: they
+    are then those of the micro-batches, whatever scope is named.
     """
-    match config.scope if config.balance_coefficient > 0 else "micro_batch":
+    counting = config.rules.counting
+    match config.scope if config.needs_scope else "micro_batch":
         case "sequence":
-            return SequenceScope()
+            return SequenceScope(counting)
         case "micro_batch":
-            return MicroBatchScope()
+            return MicroBatchScope(counting)
         case "global":
             return GlobalScope()
         case "lagged":
-            num_experts = [block.num_experts for block in blocks]
-            return LaggedScope(num_experts, [block.top_k for block in blocks])
+            choices = [block.top_k if counting == "any" else 1 for block in blocks]
+            return LaggedScope([block.num_experts for block in blocks], choices)
 
 
 @dataclass(frozen=True, slots=True)
 class RouterLosses:
-    """What one micro-batch adds to the router losses of its step. L sparse layers.
-
-    Attributes:
-        balance: raw balance loss of each layer.
-        z: raw z-loss of each layer.
-    """
+    """Raw router losses of each layer: what one micro-batch adds, or of a whole step. L layers."""
 
     balance: Float[Tensor, " L"]
+    importance: Float[Tensor, " L"]
     z: Float[Tensor, " L"]
 
-    def weighted(self, config: RouterLossConfig) -> Float[Tensor, ""]:
-        """Return what enters the loss: the mean over layers, times the coefficients."""
-        balance = config.balance_coefficient * self.balance.mean()
-        return balance + config.z_coefficient * self.z.mean()
+    def __add__(self, other: "RouterLosses") -> "RouterLosses":
+        return self._with(lambda name: getattr(self, name) + getattr(other, name))
+
+    def detached(self) -> "RouterLosses":
+        """Return the same values without gradients."""
+        return self._with(lambda name: getattr(self, name).detach())
+
+    def summed(self, over: Callable[[Tensor], Tensor]) -> "RouterLosses":
+        """Return the values added up by `over`, a sum over processes."""
+        return self._with(lambda name: over(getattr(self, name)))
+
+    def raw(self, config: RouterLossConfig) -> dict[str, Float[Tensor, ""]]:
+        """Return each loss over all layers, before its coefficient."""
+        return {name: config.rules.over_layers(getattr(self, name)) for name in LossWeights._fields}
+
+    def weighted(self, config: RouterLossConfig) -> dict[str, Float[Tensor, ""]]:
+        """Return what each loss adds to the training loss."""
+        weights = config.weights._asdict()
+        return {name: weights[name] * value for name, value in self.raw(config).items()}
+
+    def total(self, config: RouterLossConfig) -> Float[Tensor, ""]:
+        """Return what they add to the training loss together."""
+        return torch.stack(list(self.weighted(config).values())).sum()
+
+    def _with(self, values: Callable[[str], Tensor]) -> "RouterLosses":
+        return RouterLosses(**{name: values(name) for name in LossWeights._fields})
 
 
-def router_losses(
-    layers: Sequence[Routing], *, scope: BalanceScope, totals: StepTotals
-) -> RouterLosses:
+def router_losses(layers: Sequence[Routing], *, scope: Scope, totals: StepTotals) -> RouterLosses:
     """Return what a micro-batch adds to the router losses of its step, layer by layer.
 
     Args:
         layers: what the routers decided for the micro-batch; at least one layer.
-        scope: what the balance loss counts expert use over.
+        scope: what balance and importance are taken over.
         totals: what the whole step holds.
     """
-    balance = [scope.share(number, routing, totals) for number, routing in enumerate(layers)]
-    z = [z_loss(routing, num_tokens=totals.real_tokens) for routing in layers]
-    return RouterLosses(balance=torch.stack(balance), z=torch.stack(z))
+    numbered = list(enumerate(layers))
+    return RouterLosses(
+        balance=torch.stack([scope.balance(n, routing, totals) for n, routing in numbered]),
+        importance=torch.stack([scope.importance(n, routing, totals) for n, routing in numbered]),
+        z=torch.stack([z_loss(routing, num_tokens=totals.real_tokens) for routing in layers]),
+    )

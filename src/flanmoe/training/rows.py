@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -18,8 +18,14 @@ Batch = dict[str, Tensor]
 _IGNORED = -100
 
 
+@runtime_checkable
 class RowStream(Protocol):
     """What the trainer asks of a source of rows. It slices by rank itself."""
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether a row may hold more than one example."""
+        ...
 
     def __iter__(self) -> Iterator[Packed]:
         """Go on after the row given last."""
@@ -49,6 +55,11 @@ class FixedRows:
             raise DataError("Training needs at least 1 packed row, but there are 0. Add examples.")
         self._rows = tuple(rows)
         self._given = 0
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether any row holds more than one example."""
+        return any(len(row.tasks) > 1 for row in self._rows)
 
     def __iter__(self) -> Iterator[Packed]:
         return self

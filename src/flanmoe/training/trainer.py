@@ -6,17 +6,21 @@ cross-entropy by the loss tokens, router losses by the real tokens or the exampl
 """
 
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
+from accelerate.utils import AutocastKwargs
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
@@ -28,10 +32,11 @@ from transformers import (
     TrainerState,
 )
 from transformers import TrainingArguments as Arguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from flanmoe.core.errors import ConfigError, DataError, FlanmoeError, ModelError
 from flanmoe.models.blocks import moe_blocks
+from flanmoe.models.packing import require_packing_without_leak
 from flanmoe.models.router_precision import run_routers_outside_autocast
 from flanmoe.moe.recorder import RoutingRecorder
 from flanmoe.moe.routing import Routing
@@ -40,10 +45,11 @@ from flanmoe.training.callbacks.base import StepCallback
 from flanmoe.training.interruption import StopRequest
 from flanmoe.training.report import RouterReport, StepReport
 from flanmoe.training.router_losses import (
+    LayerUse,
     RouterLossConfig,
     RouterLosses,
-    balance_scope,
     router_losses,
+    scope_of,
 )
 from flanmoe.training.rows import (
     Batch,
@@ -54,19 +60,21 @@ from flanmoe.training.rows import (
     target_positions,
     valid_tokens,
 )
+from flanmoe.training.sharding import Sharding, full_weights, give_back, sharded_copy, whole
 
 
 @dataclass(slots=True)
 class _Step:
-    """The optimizer step in the making. L sparse layers.
+    """The optimizer step in the making.
 
     Attributes:
         totals: what it holds over all processes.
         num_batches: micro-batches on this process.
         done: how many of them have been through the model.
         cross_entropy: sum of what they added to the cross-entropy.
-        balance, z: the same for the raw router losses, one value a layer; None for a dense model.
-        counts: assignments of each expert, layer by layer.
+        losses: the same for the raw router losses; None for a dense model.
+        use: expert use in what they asked for, layer by layer.
+        counts: assignments that each expert got, layer by layer.
         counted_tokens, counting_seconds: what counting them beforehand took.
     """
 
@@ -74,21 +82,26 @@ class _Step:
     num_batches: int
     done: int = 0
     cross_entropy: Tensor | float = 0.0
-    balance: Tensor | None = None
-    z: Tensor | None = None
+    losses: RouterLosses | None = None
+    use: list[LayerUse] = field(default_factory=list[LayerUse])
     counts: list[Tensor] = field(default_factory=list[Tensor])
     counted_tokens: int = 0
     counting_seconds: float = 0.0
 
     def add(
-        self, cross_entropy: Tensor, losses: RouterLosses | None, layers: Sequence[Routing]
+        self,
+        cross_entropy: Tensor,
+        losses: RouterLosses | None,
+        layers: Sequence[Routing],
+        use: Sequence[LayerUse],
     ) -> None:
         self.done += 1
         self.cross_entropy = self.cross_entropy + cross_entropy.detach()
         if losses is not None:
-            self.balance = _added(self.balance, losses.balance.detach())
-            self.z = _added(self.z, losses.z.detach())
-            self.counts = _added_counts(self.counts, layers)
+            losses = losses.detached()
+            self.losses = self.losses + losses if self.losses else losses
+            self.use = _added(self.use, use)
+            self.counts = _added(self.counts, [layer.expert_counts() for layer in layers])
 
 
 class SparseTrainer(Trainer):
@@ -96,7 +109,8 @@ class SparseTrainer(Trainer):
 
     The model's own auxiliary loss stays off. Logits are computed only where the next token enters
     the loss. The model is given `position_ids` that restart with every example, no attention mask
-    and no cache, which keeps the examples of a row apart in native transformers decoders.
+    and no cache, which keeps the examples of a row apart in most native transformers decoders; where
+    rows are shared, that is checked on the model before anything else.
 
     Args:
         model: a causal language model; sparse blocks are found by capability.
@@ -106,6 +120,8 @@ class SparseTrainer(Trainer):
         callbacks: told about every step, in order.
         keep_checkpoints: how many complete checkpoints stay on disk.
         stop: asked after every step; when set on any process, the run saves and stops.
+        sharding: what is spread over the processes. With `fsdp` a copy trains, and the model is
+            without weights until `close`.
     """
 
     # Read by transformers.Trainer: our loss is divided by the totals of the whole step already.
@@ -121,24 +137,34 @@ class SparseTrainer(Trainer):
         callbacks: Sequence[StepCallback] = (),
         keep_checkpoints: int = 1,
         stop: StopRequest | None = None,
+        sharding: Sharding = "none",
     ) -> None:
         if args.logging_strategy != "steps" or args.logging_steps != 1:
             raise ValueError("SparseTrainer reports every step: `logging_steps` must be 1.")
+        _refuse_other_sharding(args)
+        _require_full_precision(model)
+        run_routers_outside_autocast(model)
+        if stream.shares_rows:
+            # While the model is whole and without autocast, so that every process finds the same.
+            require_packing_without_leak(model)
+        self._given = model
+        self._sharding: Sharding = sharding
+        if sharding == "fsdp":
+            model = sharded_copy(model, args.device)
         use_cache = model.config.use_cache
         super().__init__(model=model, args=args, callbacks=[_Start(self)])
         # transformers switches the cache off in the config, from where it would get into what is
         # saved; here it is off in each call.
         model.config.use_cache = use_cache
-        self._refuse_sharding()
-        _require_full_precision(model)
+        if sharding == "fsdp":
+            self._leave_sharding_alone()
         # Both write to stdout, which belongs to `--json`.
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.stream = stream
         self.router_config = router or RouterLossConfig()
         self.blocks = moe_blocks(model)
-        run_routers_outside_autocast(model)
-        self.scope = balance_scope(self.router_config, self.blocks)
+        self.scope = scope_of(self.router_config, self.blocks)
         self.step_callbacks = tuple(callbacks)
         self.keep_checkpoints = keep_checkpoints
         self.stop = stop or StopRequest()
@@ -148,7 +174,11 @@ class SparseTrainer(Trainer):
         self._stop_agreed = False
 
     def close(self) -> None:
-        """Give the model back as it was: no autocast around it, evaluation mode, nothing held."""
+        """Give the model back as it was: no autocast around it, evaluation mode, nothing held.
+
+        A sharded model gets its weights back, in every process and on the CPU, if training came to
+        its end. After an error the other processes may not come along, so nothing is gathered.
+        """
         model = cast(PreTrainedModel, self.model)
         self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
@@ -157,6 +187,9 @@ class SparseTrainer(Trainer):
             model.activation_checkpointing_disable()
         model.zero_grad(set_to_none=True)
         model.eval()
+        if self._sharding == "fsdp" and not self.is_in_train:
+            give_back(model, to=self._given)
+            self._given.eval()
 
     def restore(self, checkpoint: Path) -> None:
         """Take over a checkpoint without training on."""
@@ -169,13 +202,19 @@ class SparseTrainer(Trainer):
         for callback in self.step_callbacks:
             callback.start(step)
 
-    def _refuse_sharding(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ConfigError(
-                "Tuning runs in one process or with data parallelism (torchrun), but FSDP or "
-                "DeepSpeed is switched on; sharded checkpoints are not supported yet. Launch "
-                "without it."
-            )
+    # ---- Sharding ----
+
+    def _leave_sharding_alone(self) -> None:
+        # Read by transformers: neither wrap the model for data parallelism nor spread it again.
+        self.is_distributed_loading_by_transformers = True
+        # The cache would hold every gathered weight a second time, in bfloat16, until the end of
+        # the forward pass.
+        cast(Any, self.accelerator).autocast_handler = AutocastKwargs(cache_enabled=False)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        # Sharded weights are where they belong.
+        if self._sharding == "none":
+            super()._move_model_to_device(model, device)
 
     # ---- Data ----
 
@@ -204,7 +243,7 @@ class SparseTrainer(Trainer):
                 f"of step {self.state.global_step + 1} hold 0. Check the responses of the data."
             )
         self._step = _Step(totals=totals, num_batches=len(batches))
-        if self.blocks and self.scope.needs_counts and num_batches > 1:
+        if self.blocks and self.scope.needs_use and num_batches > 1:
             self._count_experts(batches)
         return batches, torch.tensor(totals.loss_tokens, device=device)
 
@@ -222,7 +261,7 @@ class SparseTrainer(Trainer):
     # ---- Losses ----
 
     def _count_experts(self, batches: Sequence[Batch]) -> None:
-        """Run the step without gradients, to know its expert counts before its first loss.
+        """Run the step without gradients, to know its expert use before its first loss.
 
         The random state is put back afterwards, so that dropout and router noise fall the same way
         in the pass that trains.
@@ -232,16 +271,25 @@ class SparseTrainer(Trainer):
         device = self.args.device
         devices = [] if device.type == "cpu" else [device]
         start = time.monotonic()
-        counts: list[Tensor] = []
+        use: list[LayerUse] = []
         with torch.random.fork_rng(devices, device_type=device.type), torch.no_grad():
             for batch in batches:
                 moved = cast(Batch, self._prepare_inputs(cast(Any, batch)))
                 no_logits = torch.empty(0, dtype=torch.long, device=device)
                 _, layers = self._forward(model, moved, logits_to_keep=no_logits)
-                counts = _added_counts(counts, layers)
-        self.scope.start_step([self._summed(layer) for layer in counts], step.totals)
+                use = _added(use, self._use(layers))
+        self.scope.start_step(self._summed_use(use), step.totals)
         step.counted_tokens = step.totals.tokens
         step.counting_seconds = time.monotonic() - start
+
+    def _use(self, layers: Sequence[Routing]) -> list[LayerUse]:
+        counting = self.router_config.rules.counting
+        return [LayerUse.of(layer, counting) for layer in layers]
+
+    def _summed_use(self, use: Sequence[LayerUse]) -> list[LayerUse]:
+        return [
+            LayerUse(self._summed(layer.asked), self._summed(layer.probabilities)) for layer in use
+        ]
 
     def _forward(
         self, model: nn.Module, batch: Batch, *, logits_to_keep: Tensor
@@ -272,14 +320,13 @@ class SparseTrainer(Trainer):
         outputs, layers = self._forward(model, inputs, logits_to_keep=positions)
         summed = summed_cross_entropy(outputs.logits, inputs["labels"][:, positions + 1])
         loss = cross_entropy = summed / step.totals.loss_tokens
-        losses = None
+        losses, use = None, self._use(layers)
         if layers:
-            if self.scope.needs_counts and step.num_batches == 1:
-                counts = [self._summed(layer.expert_counts()) for layer in layers]
-                self.scope.start_step(counts, step.totals)
+            if self.scope.needs_use and step.num_batches == 1:
+                self.scope.start_step(self._summed_use(use), step.totals)
             losses = router_losses(layers, scope=self.scope, totals=step.totals)
-            loss = loss + losses.weighted(self.router_config)
-        step.add(cross_entropy, losses, layers)
+            loss = loss + losses.total(self.router_config)
+        step.add(cross_entropy, losses, layers, use)
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
@@ -300,11 +347,12 @@ class SparseTrainer(Trainer):
         step = self._current_step()
         step.counts = [self._summed(layer) for layer in step.counts]
         step.cross_entropy = float(self._summed(torch.as_tensor(step.cross_entropy)))
-        if step.balance is not None and step.z is not None:
-            step.balance, step.z = self._summed(step.balance), self._summed(step.z)
+        step.use = self._summed_use(step.use)
+        if step.losses:
+            step.losses = step.losses.summed(self._summed)
         self._require_finite("loss", step.cross_entropy)
         self._stop_agreed = bool(self._summed(torch.tensor(int(self.stop.is_set))))
-        self.scope.finish_step(step.counts, step.totals)
+        self.scope.finish_step(step.use, step.totals)
 
     def _current_step(self) -> _Step:
         if self._step is None:
@@ -320,7 +368,7 @@ class SparseTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         # transformers asks for it between backward pass and optimizer step, clipping or not.
-        norm = float(cast(Tensor, super()._get_grad_norm(model, grad_norm=grad_norm)))
+        norm = float(whole(cast(Tensor, super()._get_grad_norm(model, grad_norm=grad_norm))))
         self._require_finite("gradient norm", norm)
         return norm
 
@@ -341,7 +389,7 @@ class SparseTrainer(Trainer):
         step = self._current_step()
         cross_entropy = float(step.cross_entropy)
         router = self._router_report(step)
-        weighted = router.balance_weighted + router.z_weighted if router else 0.0
+        weighted = sum(router.weighted.values()) if router else 0.0
         return StepReport(
             step=self.state.global_step,
             totals=step.totals,
@@ -355,15 +403,14 @@ class SparseTrainer(Trainer):
         )
 
     def _router_report(self, step: _Step) -> RouterReport | None:
-        if step.balance is None or step.z is None:
+        if step.losses is None:
             return None
-        balance, z = float(step.balance.mean()), float(step.z.mean())
+        raw = {name: float(value) for name, value in step.losses.raw(self.router_config).items()}
+        weights = self.router_config.weights._asdict()
         return RouterReport(
-            balance_per_layer=tuple(step.balance.tolist()),
-            balance_raw=balance,
-            balance_weighted=self.router_config.balance_coefficient * balance,
-            z_raw=z,
-            z_weighted=self.router_config.z_coefficient * z,
+            balance_per_layer=tuple(step.losses.balance.tolist()),
+            raw=raw,
+            weighted={name: weights[name] * value for name, value in raw.items()},
             counts=tuple(counts.cpu() for counts in step.counts),
         )
 
@@ -377,16 +424,46 @@ class SparseTrainer(Trainer):
         folder = Path(str(self.args.output_dir))
         step = self.state.global_step
         with checkpoints.writing(folder, step=step, is_writer=self.args.should_save) as partial:
-            self.save_model(str(partial), _internal_call=True)
+            self._save_weights(partial)
             self._save_optimizer_and_scheduler(str(partial))
             self._save_scaler(str(partial))
             self._save_rng_state(str(partial))
             if self.args.should_save:
                 self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
-                checkpoints.write_run_state(partial, self._run_state())
+            process = self.args.process_index
+            checkpoints.write_run_state(partial, self._run_state(), process=process)
             self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoints.remove_older(folder, keep=self.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _save_weights(self, folder: Path) -> None:
+        weights = None
+        if self._sharding == "fsdp":
+            weights = full_weights(cast(PreTrainedModel, self.model))
+        if self.args.should_save:
+            self._save(str(folder), state_dict=weights)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._sharding == "none":
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        model, optimizer, scheduler = self._prepared()
+        checkpoints.save_sharded_optimizer(model, optimizer, Path(output_dir))
+        if self.args.should_save:
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self._sharding == "none" or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        model, optimizer, scheduler = self._prepared()
+        checkpoints.load_sharded_optimizer(model, optimizer, Path(checkpoint))
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def _prepared(self) -> tuple[PreTrainedModel, Optimizer, LRScheduler]:
+        model = cast(PreTrainedModel, self.model)
+        return model, cast(Optimizer, self.optimizer), cast(LRScheduler, self.lr_scheduler)
 
     def _run_state(self) -> checkpoints.RunState:
         return checkpoints.RunState(
@@ -394,7 +471,12 @@ class SparseTrainer(Trainer):
             stream=dict(self.stream.state_after(self._rows_trained)),
             scope=self.scope.state_dict(),
             callbacks={callback.name: callback.state_dict() for callback in self.step_callbacks},
+            layout=self._layout,
         )
+
+    @property
+    def _layout(self) -> checkpoints.Layout:
+        return checkpoints.Layout(num_processes=self.args.world_size, sharding=self._sharding)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -402,13 +484,31 @@ class SparseTrainer(Trainer):
         # transformers' own loading does not know the per-expert names that sparse models have on
         # disk: it would keep the experts as they are and only warn.
         folder = Path(resume_from_checkpoint)
-        checkpoints.load_weights(cast(PreTrainedModel, self.model), folder)
-        state = checkpoints.read_run_state(folder)
+        state = checkpoints.read_run_state(
+            folder, layout=self._layout, process=self.args.process_index
+        )
+        own = cast(PreTrainedModel, self.model)
+        if self._sharding == "fsdp":
+            checkpoints.load_sharded_weights(own, folder, kind=type(self._given))
+        else:
+            checkpoints.load_weights(own, folder)
         self._rows_trained = state.rows_trained
         self.stream.load_state_dict(state.stream)
         self.scope.load_state_dict(state.scope)
         for callback in self.step_callbacks:
             callback.load_state_dict(state.callbacks[callback.name])
+
+
+def _refuse_other_sharding(args: Arguments) -> None:
+    # What `accelerate launch` sets; on the CPU accelerate itself would leave FSDP out in silence.
+    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    is_launched = any(os.environ.get(name, "").lower() == "true" for name in names)
+    if is_launched or args.fsdp or args.deepspeed:
+        raise ConfigError(
+            "Tuning spreads a model by itself where `sharding: fsdp` is set, but FSDP or DeepSpeed "
+            "is switched on from outside, which is not supported. Launch with torchrun and without "
+            "it."
+        )
 
 
 def _require_full_precision(model: nn.Module) -> None:
@@ -440,12 +540,11 @@ def summed_cross_entropy(logits: Float[Tensor, "B K V"], targets: Tensor) -> Flo
     return F.cross_entropy(raised.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
-def _added(total: Tensor | None, values: Tensor) -> Tensor:
-    return values if total is None else total + values
+_T = TypeVar("_T", Tensor, LayerUse)
 
 
-def _added_counts(total: Sequence[Tensor], layers: Sequence[Routing]) -> list[Tensor]:
-    counts = [layer.expert_counts() for layer in layers]
+def _added(total: Sequence[_T], layers: Sequence[_T]) -> list[_T]:
+    """Add layer by layer to what there is, if there is anything."""
     if not total:
-        return counts
-    return [old + new for old, new in zip(total, counts, strict=True)]
+        return list(layers)
+    return [old + new for old, new in zip(total, layers, strict=True)]

@@ -1,18 +1,21 @@
 """`tune`: train a model in place on a stream of packed rows. The one entry that stages call."""
 
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from flanmoe.core.config import Config
+from flanmoe.core.console import show_table
 from flanmoe.core.errors import Interrupted, RunError
 from flanmoe.core.ledger import Ledger
 from flanmoe.core.rundir import RunDir
 from flanmoe.core.seeds import SeedTree
 from flanmoe.models.blocks import moe_blocks
+from flanmoe.models.expert_dropout import expert_dropout
+from flanmoe.models.freezing import WhatTrains, frozen, trains_table, what_trains
 from flanmoe.moe.block import MoEBlock
 from flanmoe.training.arguments import TuneConfig, training_arguments
 from flanmoe.training.callbacks.base import StepCallback
@@ -75,6 +78,7 @@ class TuneResult(Config):
         router_losses: whether router losses entered the loss.
         router_settings: their coefficients and scope; empty for a dense model.
         router_last: their raw and weighted values in the last step; empty for a dense model.
+        trains: how much of each part of the model trained; None where an older version wrote this.
     """
 
     ledger: Ledger
@@ -86,6 +90,7 @@ class TuneResult(Config):
     router_losses: bool
     router_settings: dict[str, float | str]
     router_last: dict[str, float]
+    trains: WhatTrains | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +118,14 @@ def tune(
 ) -> TuneResult:
     """Train a model in place; sparse models get router losses.
 
+    What is frozen or dropped for the time of training is as before afterwards. In a run of several
+    processes each of them calls this with its own slice of the stream and the same folder, which
+    all must see; the records in `run` itself are those of the first.
+
     Args:
         model: a causal language model with float32 weights.
         stream: source of packed rows; its position is part of every checkpoint.
-        config: steps, rates, router losses, checkpoints.
+        config: steps, rates, router losses, freezing, expert dropout, checkpoints.
         run: the folder that metrics, routing and checkpoints are written to.
         seeds: the branch of the seed tree that belongs to this run.
         flops_per_token: training FLOPs of one token (forward and backward) for the ledger.
@@ -124,7 +133,8 @@ def tune(
 
     Raises:
         RunError: if `resume` is set and there is no complete checkpoint.
-        ModelError: if weights are in less than float32.
+        ModelError: if weights are in less than float32, examples that share a row see each other,
+            or `freeze` or `expert_dropout` does not suit the model.
         Interrupted: after Ctrl-C; a checkpoint has been written.
         DiskError: if a checkpoint or a log cannot be written.
         DataError: if the stream ends or a step has no token that enters the loss.
@@ -133,8 +143,7 @@ def tune(
     arguments = training_arguments(config, run.file(CHECKPOINTS_FOLDER), seeds)
     checkpoint = _checkpoint_to_resume(run) if resume else None
     blocks = moe_blocks(model)
-    # Every process keeps records; the first one's are those of the run.
-    own = run.child(f"process-{arguments.process_index}") if arguments.process_index else run
+    own = _own_records(run, arguments.process_index)
     records = _Records(
         ledger=LedgerKeeper(flops_per_token=flops_per_token, device=arguments.device),
         metrics=MetricsLog(own),
@@ -150,10 +159,30 @@ def tune(
             callbacks=(*records.all, display),
             keep_checkpoints=config.keep_checkpoints,
             stop=stop,
+            sharding=config.sharding,
         )
 
-    _train(trainer_of, steps=config.steps, checkpoint=checkpoint)
-    return _result(config, own, blocks, records)
+    is_shown = arguments.process_index == 0
+    with _as_configured(model, config, is_shown=is_shown) as trains:
+        _train(trainer_of, steps=config.steps, checkpoint=checkpoint, is_shown=is_shown)
+    return _result(config, own, blocks, records, trains)
+
+
+@contextmanager
+def _as_configured(
+    model: PreTrainedModel, config: TuneConfig, *, is_shown: bool
+) -> Generator[WhatTrains]:
+    """Freeze and drop as configured; a later stage must not inherit it by accident."""
+    with frozen(model, config.freeze), expert_dropout(model, config.expert_dropout):
+        trains = what_trains(model)
+        if is_shown and trains.trained < trains.parameters:
+            show_table(trains_table(trains))
+        yield trains
+
+
+def _own_records(run: RunDir, process: int) -> RunDir:
+    """Return where a process keeps its records; the first one's are those of the run."""
+    return run.child(f"process-{process}") if process else run
 
 
 def _checkpoint_to_resume(run: RunDir) -> Path:
@@ -171,12 +200,13 @@ def _train(
     *,
     steps: int,
     checkpoint: Path | None,
+    is_shown: bool,
 ) -> None:
     done = checkpoint_step(checkpoint) if checkpoint else 0
     title = f"Tuning from step {done}" if checkpoint else "Tuning"
     with (
         stop_on_interrupt() as stop,
-        shown_progress(title, steps=steps - done) as display,
+        shown_progress(title, steps=steps - done, is_shown=is_shown) as display,
         closing(trainer_of(stop, display)) as trainer,
     ):
         if done < steps:
@@ -192,7 +222,11 @@ def _train(
 
 
 def _result(
-    config: TuneConfig, run: RunDir, blocks: Sequence[MoEBlock], records: _Records
+    config: TuneConfig,
+    run: RunDir,
+    blocks: Sequence[MoEBlock],
+    records: _Records,
+    trains: WhatTrains,
 ) -> TuneResult:
     rows = run.rows(METRICS_FILE)
     return TuneResult(
@@ -207,6 +241,7 @@ def _result(
         router_losses=bool(blocks) and config.router.is_on,
         router_settings=dict(config.router.to_mapping()) if blocks else {},
         router_last={name: rows[-1][name] for name in rows[-1] if name.startswith("router/")},
+        trains=trains,
     )
 
 

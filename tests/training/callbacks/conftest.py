@@ -18,10 +18,8 @@ def report() -> Callable[..., StepReport]:
     def make(step: int, *, sparse: bool = True, **changes: Any) -> StepReport:
         router = RouterReport(
             balance_per_layer=(2.0, 4.0),
-            balance_raw=3.0,
-            balance_weighted=0.03,
-            z_raw=5.0,
-            z_weighted=0.005,
+            raw={"balance": 3.0, "importance": 0.5, "z": 5.0},
+            weighted={"balance": 0.03, "importance": 0.0, "z": 0.005},
             counts=(torch.tensor([3, 0, 1]), torch.tensor([2, 2, 0])),
         )
         values = StepReport(

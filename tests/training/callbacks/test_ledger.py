@@ -1,11 +1,13 @@
 """The ledger adds up what the steps report."""
 
+import mmap
 import time
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from flanmoe.core.memory import peak_memory_bytes
 from flanmoe.training.callbacks.ledger import LedgerKeeper
 from flanmoe.training.report import StepReport
 
@@ -47,6 +49,18 @@ def test_seconds_are_those_between_start_and_the_last_step(report: Report) -> No
     time.sleep(0.03)
     made.after_step(report(2))
     assert 0.06 <= made.ledger.seconds < 0.11
+
+
+def test_the_peak_holds_what_came_before_training(report: Report) -> None:
+    with mmap.mmap(-1, 150_000_000) as block:
+        for start in range(0, len(block), 4096):
+            block[start] = 1
+    before = peak_memory_bytes()
+    made = keeper()
+    made.start(0)
+    made.after_step(report(1))
+    assert made.ledger.peak_memory_bytes >= before
+    assert peak_memory_bytes() >= before
 
 
 def test_a_resumed_run_goes_on_from_its_costs(report: Report) -> None:

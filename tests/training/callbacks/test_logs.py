@@ -34,6 +34,8 @@ def test_metrics_of_a_sparse_and_a_dense_step(tmp_path: Path, report: Report) ->
         "gradient_norm": 0.5,
         "router/balance_raw": 3.0,
         "router/balance_weighted": 0.03,
+        "router/importance_raw": 0.5,
+        "router/importance_weighted": 0.0,
         "router/z_raw": 5.0,
         "router/z_weighted": 0.005,
     }

@@ -30,3 +30,12 @@ def test_it_goes_to_stderr(
     assert captured.out == ""
     assert "Tuning: 1/1 steps" in captured.err
     assert "loss 1.500" in captured.err
+
+
+def test_only_one_process_of_a_run_shows_it(
+    report: Callable[..., StepReport], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with shown_progress("Tuning", steps=1, is_shown=False) as display:
+        display.start(0)
+        display.after_step(report(1))
+    assert capfd.readouterr() == ("", "")

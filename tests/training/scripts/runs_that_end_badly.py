@@ -57,6 +57,8 @@ def run_case(case: dict[str, Any], *, folder: Path) -> tuple[PreTrainedModel, Tu
         precision=case.get("precision", "float32"),
         checkpoint_every_steps=case.get("checkpoint_every_steps", 2),
         router=RouterLossConfig(scope=case.get("scope", "global")),
+        freeze=tuple(case.get("freeze", ())),
+        expert_dropout=case.get("expert_dropout", 0.0),
     )
     result = tune(
         model,
@@ -90,8 +92,8 @@ def kill_in_checkpoint(step: int) -> None:
     """Die when the model, the optimizer and our state are there, but the marker is not."""
     original = checkpoints.write_run_state
 
-    def writing(folder: Path, state: checkpoints.RunState) -> None:
-        original(folder, state)
+    def writing(folder: Path, state: checkpoints.RunState, *, process: int) -> None:
+        original(folder, state, process=process)
         if folder.name.startswith(f"checkpoint-{step}."):
             kill()
 

@@ -20,6 +20,10 @@ _SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _HUB_IDENTIFIER = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
+class AbsentDataError(DataError):
+    """No folder of that name in the data folder, or no such file: the data as a whole is not there."""
+
+
 def resolve_data_dir(data_dir: Path | None) -> Path | None:
     """Return the data folder: the argument, else the environment variable FLANMOE_DATA, else None.
 
@@ -58,21 +62,39 @@ def find_source(
         data_dir: the data folder; without it FLANMOE_DATA.
 
     Raises:
-        DataError: if nothing of that name is there; names the nearest one.
+        AbsentDataError: if nothing of that name is there; names the nearest one.
+        DataError: if it has no such split, or `split` or `subset` mean nothing for it.
     """
     folder = resolve_data_dir(data_dir)
+    try:
+        return _found(name, split, subset, folder)
+    except PermissionError as error:
+        raise DataError(
+            f"{error.filename}, for the task `{name}`, cannot be read: {error.strerror}. Check its "
+            "permissions."
+        ) from error
+
+
+def _found(name: str, split: str, subset: str | None, folder: Path | None) -> Source:
+    if kind := unsplit_kind(name):
+        _refuse_unused(name, kind, split=split, subset=subset)
     if name.startswith(PREFIX):
-        _refuse_unused(name, "an exemplar task", split=split, subset=subset)
         return exemplar_source(name)
     if name.endswith(_SUFFIXES):
-        _refuse_unused(name, "a file", split=split, subset=subset)
         return _file_source(Path(name).expanduser(), name)
     if folder is not None and (folder / name).is_dir():
         _refuse_unused(name, "a folder of the data folder", split=DEFAULT_SPLIT, subset=subset)
         return _split_source(folder / name, name, split)
     if _HUB_IDENTIFIER.match(name):
         return HubDataset(identifier=name, split=split, subset=subset)
-    raise DataError(_unknown(name, folder))
+    raise AbsentDataError(_unknown(name, folder))
+
+
+def unsplit_kind(name: str) -> str | None:
+    """Say what a name is that has no splits (an exemplar task, a file); None where it may have some."""
+    if name.startswith(PREFIX):
+        return "an exemplar task"
+    return "a file" if name.endswith(_SUFFIXES) else None
 
 
 def known_names(data_dir: Path | None) -> list[str]:
@@ -123,7 +145,7 @@ def _split_source(folder: Path, name: str, split: str) -> Source:
 
 def _file_source(file: Path, name: str) -> Source:
     if not file.exists():
-        raise DataError(f"The file {name} does not exist. Check the path.")
+        raise AbsentDataError(f"The file {name} does not exist. Check the path.")
     if file.name.endswith(".parquet"):
         return Parquet(file)
     return JsonLines(file)

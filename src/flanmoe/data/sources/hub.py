@@ -38,8 +38,8 @@ class HubDataset:
         """Yield the rows of the split.
 
         Raises:
-            DataError: if the data set cannot be had: offline, unknown, private, or without this
-                split.
+            DataError: if the data set cannot be had: offline, unknown, private, or without
+                this split.
         """
         for number, row in enumerate(self._loaded(), start=1):
             yield Locator(f"{self.identifier}/{self.split}", number), dict(row)

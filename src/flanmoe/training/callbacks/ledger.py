@@ -7,7 +7,7 @@ from typing import Any, final
 import torch
 
 from flanmoe.core.ledger import Ledger
-from flanmoe.core.memory import peak_memory_bytes, reset_peak_memory
+from flanmoe.core.memory import peak_memory_bytes
 from flanmoe.training.callbacks.base import StepCallback
 from flanmoe.training.report import StepReport
 
@@ -39,12 +39,14 @@ class LedgerKeeper(StepCallback):
         self._last = time.monotonic()
 
     def start(self, step: int) -> None:
-        """Measure seconds and memory from here."""
+        """Measure seconds from here, and memory on a GPU.
+
+        The peak of this process is the caller's to reset: a reset here would hide what came before
+        training from the peak of the stage.
+        """
         self._last = time.monotonic()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-        else:
-            reset_peak_memory()
 
     def after_step(self, report: StepReport) -> None:
         """Add the costs of a step."""

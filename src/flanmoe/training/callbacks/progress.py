@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import final
+from typing import Any, final
 
 from flanmoe.core.console import Advance, progress
 from flanmoe.training.callbacks.base import StepCallback
@@ -38,8 +38,21 @@ class ProgressDisplay(StepCallback):
         self._advance(1, note=f"loss {loss}, {rate:.0f} tokens/s")
 
 
+def _show_nothing(*arguments: Any, **options: Any) -> None:
+    pass
+
+
 @contextmanager
-def shown_progress(title: str, *, steps: int) -> Generator[ProgressDisplay]:
-    """Show a progress bar of `steps` steps while the block runs."""
+def shown_progress(title: str, *, steps: int, is_shown: bool = True) -> Generator[ProgressDisplay]:
+    """Show a progress bar of `steps` steps while the block runs.
+
+    Args:
+        title: what is being done.
+        steps: optimizer steps ahead.
+        is_shown: False in all but one process of a run.
+    """
+    if not is_shown:
+        yield ProgressDisplay(_show_nothing)
+        return
     with progress(title, total=steps, unit="steps") as advance:
         yield ProgressDisplay(advance)

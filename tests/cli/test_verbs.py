@@ -1,0 +1,258 @@
+"""The small verbs end to end on tiny saved models: one JSON object on stdout, and it is right."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from flanmoe.cli.main import invoke
+from flanmoe.data.tasks import TaskConfig, load_tasks
+from flanmoe.evaluation.results import write_training_hashes
+from flanmoe.models.loading import load_model
+from flanmoe.testing.tiny_models import tiny_model, tiny_tokenizer
+
+TASK = "exemplars/gsm8k_cot"
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny dense model with its tokenizer, saved."""
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    tiny_model("llama", max_position_embeddings=4096).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sparse(dense: Path) -> Path:
+    """The same upcycled by the command."""
+    folder = dense.parent / "sparse"
+    assert invoke(["upcycle", str(dense), str(folder), "--num-experts", "4"]) == 0
+    return folder
+
+
+def object_of(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """Run a command with --json and parse its stdout, which must hold nothing else."""
+    capfd.readouterr()
+    assert invoke([*arguments, "--json"]) == 0
+    return json.loads(capfd.readouterr().out)
+
+
+def test_upcycle_says_how_far_it_is_from_the_dense_model(
+    dense: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sparse"
+    said = object_of(["upcycle", str(dense), str(out), "--num-experts", "4"], capfd)
+    assert said["step0_max_abs_diff"] < 1e-3
+    assert said["sparse"]["total"] > said["dense"]["total"]
+    assert load_model(str(out)).config.model_type == "mixtral"
+
+
+def test_eval_scores_and_compare_pairs(
+    dense: Path, sparse: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    results = {}
+    for name, model in (("dense", dense), ("sparse", sparse)):
+        arguments = ["eval", str(model), "--task", TASK, "--limit", "4", "--out"]
+        results[name] = object_of(
+            [*arguments, str(tmp_path / name), "--batch-size", "2", "--precision", "float32"], capfd
+        )
+        assert results[name]["num_examples"] == 4
+        assert results[name]["pooled"]["loss"]["standard_error"] > 0
+    # Upcycled exactly, so both are the same function.
+    means = [result["pooled"]["loss"]["mean"] for result in results.values()]
+    assert means[0] == pytest.approx(means[1], abs=1e-4)
+    compared = object_of(
+        ["eval", "--compare", str(tmp_path / "dense"), str(tmp_path / "sparse")], capfd
+    )
+    assert compared["pooled"]["loss"]["difference"]["mean"] == pytest.approx(0, abs=1e-4)
+
+
+def test_inspect_counts_every_token_of_every_task(
+    sparse: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = object_of(["inspect", str(sparse), "--task", TASK, "--limit", "2"], capfd)
+    assert said["num_experts"] == [4, 4]
+    assert said["top_k"] == [2, 2]
+    per_layer = {sum(layer["counts"]) for layer in said["tasks"][TASK]}
+    assert len(per_layer) == 1
+    for layer in said["tasks"][TASK]:
+        assert sum(layer["fractions"]) == pytest.approx(1)
+
+
+def test_inspect_refuses_a_dense_model(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["inspect", str(dense), "--task", TASK]) == 2
+    assert "has no module with a router and experts" in capsys.readouterr().err
+
+
+def test_chat_answers_as_generate_does(dense: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["chat", str(dense), "--prompt", "What is 1 + 1?", "--max-new-tokens", "5"]
+    said = object_of(arguments, capfd)
+    assert [turn["role"] for turn in said["turns"]] == ["user", "assistant"]
+    assert 1 <= said["new_tokens"] <= 5
+    tokenizer = tiny_tokenizer()
+    prompt = tokenizer.apply_chat_template(said["turns"][:1], add_generation_prompt=True)
+    tokens = torch.tensor([prompt["input_ids"]])
+    expected = load_model(str(dense)).generate(tokens, max_new_tokens=5, do_sample=False)
+    text = tokenizer.decode(expected[0, tokens.shape[1] :], skip_special_tokens=True)
+    assert said["turns"][1]["content"] == text.strip()
+
+
+def test_preview_shows_prompt_and_loss_span(
+    dense: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    said = object_of(["data", "preview", str(rows), "--model", str(dense)], capfd)
+    (task,) = said["tasks"].values()
+    assert task["size"] == 1
+    (example,) = task["examples"]
+    assert "1 + 1?" in example["prompt"]
+    assert "2" in example["response"]
+    assert 0 < example["loss_tokens"] < example["tokens"]
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> str:
+    """Write a JSON-lines file and return its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def sentence_of(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    """Run a command that is refused, and return the one sentence that it says."""
+    capfd.readouterr()
+    assert invoke(arguments) == 2
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    return line
+
+
+SUMS = [{"question": f"{number} + 1?", "answer": str(number + 1)} for number in range(4)]
+
+
+def test_an_upcycled_model_still_knows_what_it_has_seen(
+    dense: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tuned, sparse = tmp_path / "tuned", tmp_path / "sparse"
+    shutil.copytree(dense, tuned)
+    rows = write_rows(tmp_path / "rows.jsonl", SUMS)
+    (task,) = load_tasks([TaskConfig(name=rows)])
+    write_training_hashes(tuned, [example.content_hash() for example in task.examples[:3]])
+    object_of(["upcycle", str(tuned), str(sparse), "--num-experts", "4"], capfd)
+    said = object_of(["eval", str(sparse), "--task", rows], capfd)
+    assert (said["num_examples"], said["num_seen"]) == (4, 3)
+
+
+def test_a_split_stands_where_there_are_splits(
+    dense: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", SUMS)
+    write_rows(tmp_path / "sums" / "test.jsonl", SUMS[:2])
+    write_rows(tmp_path / "sums" / "train.jsonl", SUMS[:3])
+    arguments = ["eval", str(dense), "--data-dir", str(tmp_path), "--task", "sums"]
+    said = object_of([*arguments, "--task", rows, "--task", "exemplars/bbh/snarks"], capfd)
+    assert [task["task"] for task in said["tasks"]] == ["sums:test", rows, "exemplars/bbh/snarks"]
+    said = object_of([*arguments, "--split", "train"], capfd)
+    assert [(task["task"], task["num_examples"]) for task in said["tasks"]] == [("sums", 3)]
+
+
+@pytest.mark.parametrize(
+    "command", [["eval", "--task"], ["inspect", "--task"], ["data", "preview", "--model"]]
+)
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_a_split_of_a_file_is_refused(
+    command: list[str],
+    split: str,
+    sparse: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", SUMS)
+    verb, option = command[:-1], command[-1]
+    task = ["--task", rows] if option == "--task" else []
+    first = [str(sparse)] if option == "--task" else [rows, "--model", str(sparse)]
+    assert sentence_of([*verb, *first, *task, "--split", split], capfd) == (
+        f"Error: `--split` must go with tasks that have splits, but `{rows}` is a file and has none. "
+        "Leave `--split` out."
+    )
+
+
+def test_a_split_beside_a_suite_alone_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["eval", "nowhere", "--suite", "held-out", "--split", "test"]
+    assert "but the suite `held-out` brings its own splits" in sentence_of(arguments, capfd)
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        (["some-model"], "MODEL"),
+        (["--out", "somewhere"], "--out"),
+        (["--suite", "held-out"], "--suite"),
+        (["--batch-size", "8"], "--batch-size"),
+    ],
+)
+def test_what_has_no_effect_beside_compare_is_refused(
+    extra: list[str],
+    named: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Set for a whole shell, so not an option of this command.
+    monkeypatch.setenv("FLANMOE_DATA", "somewhere")
+    assert sentence_of(["eval", *extra, "--compare", "a", "b"], capfd) == (
+        f"Error: `{named}` has no effect beside `--compare A B`, which reads two results. "
+        "Leave it out."
+    )
+
+
+def test_an_evaluation_of_nothing_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    assert sentence_of(["eval"], capfd) == (
+        "Error: An evaluation needs a MODEL or `--compare A B`, but has neither."
+    )
+
+
+@pytest.mark.parametrize(("option", "value"), [("--split", "train"), ("--model", "some-model")])
+def test_what_a_recipe_says_itself_is_refused_beside_it(
+    option: str, value: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    assert sentence_of(["data", "preview", str(file), option, value], capfd) == (
+        f"Error: `{option}` has no effect beside the file {file}, which names its own. Leave it out."
+    )
+
+
+def test_preview_shows_what_is_rejected_and_why(
+    dense: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [SUMS[0], {"question": "2 + 2?"}, SUMS[1]])
+    arguments = ["data", "preview", rows, "--model", str(dense)]
+    (task,) = object_of(arguments, capfd)["tasks"].values()
+    assert (task["size"], task["rejected"], len(task["examples"])) == (2, 1, 2)
+    (record,) = task["rejected_records"]
+    assert record["locator"] == f"{rows}:2"
+    assert "the record has no target" in record["reason"]
+    assert invoke(arguments) == 0
+    assert f"rejected: {rows}:2: the record has no target" in capfd.readouterr().err
+
+
+def test_preview_of_a_recipe_shows_what_is_rejected(
+    dense: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"question": "2 + 2?"}] * 12 + SUMS)
+    stage = {"stage": "tune", "data": {"tasks": [rows]}}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"name": "bad", "model": str(dense), "stages": [stage]}))
+    (task,) = object_of(["data", "preview", str(recipe)], capfd)["tasks"].values()
+    assert [record["locator"] for record in task["rejected_records"]] == [
+        f"{rows}:{number}" for number in range(1, 13)
+    ]
+    assert invoke(["data", "preview", str(recipe)]) == 0
+    said = capfd.readouterr().err
+    assert said.count("rejected: ") == 10
+    assert "and 2 more; `--json` lists all" in said

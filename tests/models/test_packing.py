@@ -1,0 +1,110 @@
+"""Who keeps packed examples apart: the answer of the probe for every architecture at hand."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from flanmoe.core.errors import ModelError
+from flanmoe.models.packing import require_packing_without_leak
+from flanmoe.testing.tiny_models import DENSE_NAMES, SPARSE_NAMES, tiny_model
+
+_SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
+# Classes that read no restarts: positions that are learned, rotary or linear biases, and a state
+# that is carried along the row.
+_LEAKING: dict[str, dict[str, Any]] = {
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.2},
+    "falcon": {},
+    "bloom": {"n_head": 4, "n_layer": 2},
+    "mamba": {},
+}
+_KEEPING: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2},
+    "gpt_neox": {"intermediate_size": 64},
+    "gemma2": {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8},
+    "phi3": {"intermediate_size": 64},
+}
+
+
+def _foreign(name: str, options: dict[str, Any]) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**_SIZES, **options))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in DENSE_NAMES + SPARSE_NAMES if name not in ("gpt_oss",)]
+)
+def test_models_of_ours_that_keep_examples_apart(name: str) -> None:
+    require_packing_without_leak(tiny_model(name))
+
+
+@pytest.mark.parametrize("name", _KEEPING)
+def test_foreign_models_that_keep_examples_apart(name: str) -> None:
+    require_packing_without_leak(_foreign(name, _KEEPING[name]))
+
+
+@pytest.mark.parametrize("name", _LEAKING)
+def test_models_that_leak_are_refused(name: str) -> None:
+    with pytest.raises(ModelError, match="must not see each other"):
+        require_packing_without_leak(_foreign(name, _LEAKING[name]))
+
+
+def test_the_refusal_says_how_much_and_the_way_out() -> None:
+    with pytest.raises(ModelError) as caught:
+        require_packing_without_leak(tiny_model("gpt_oss"))
+    message = re.fullmatch(
+        r"Examples that share a row must not see each other, but the logits of an example in "
+        r"GptOssForCausalLM moved by ([\d.]+) when the example before it changed \(limit "
+        r"([\d.]+)\): the class does not read where an example begins\. Put one example into "
+        r"each row with `packing: \{examples_per_row: 1\}`\.",
+        str(caught.value),
+    )
+    assert message is not None
+    leak, limit = map(float, message.groups())
+    assert leak > 10 * limit > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_the_model_is_left_as_it_was(name: str) -> None:
+    model = tiny_model(name, attention_dropout=0.5).train()
+    model.get_input_embeddings().eval()
+    modes = {key: module.training for key, module in model.named_modules()}
+    state = torch.get_rng_state()
+    try:
+        require_packing_without_leak(model)
+    except ModelError:
+        assert name == "gpt_oss"
+    assert {key: module.training for key, module in model.named_modules()} == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_leak_of_one_row_alone_is_a_router_tie() -> None:
+    """Rounding that tips a router in one of the two rows is no leak: the other row says so."""
+    model = tiny_model("mixtral")
+    forward = model.forward
+    calls = 0
+
+    def tipped(**inputs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        output = forward(**inputs)
+        output.logits[0, -1] += 5.0 * (calls == 2)
+        return output
+
+    model.forward = tipped
+    require_packing_without_leak(model)
+    assert calls == 2

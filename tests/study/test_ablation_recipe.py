@@ -1,0 +1,87 @@
+"""Every arm of the shipped ablation recipe trains a native Mixtral: each preset, loss, scope, convention."""
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+
+from flanmoe.core.rundir import RunDir
+from flanmoe.models.freezing import FreezePreset
+from flanmoe.moe.losses import CONVENTIONS
+from flanmoe.stages.recipe import TuneStage
+from flanmoe.study.executor import Job
+from flanmoe.study.runner import run_arm
+from flanmoe.study.study import study_from_mapping
+from flanmoe.testing.tiny_models import tiny_model, tiny_tokenizer
+from flanmoe.training.router_losses import RouterLossConfig
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "freezing-and-router-losses.yaml"
+VALUES: dict[str, Any] = yaml.safe_load(RECIPE.read_text())
+
+
+def tunings() -> dict[str, TuneStage]:
+    arms = study_from_mapping(VALUES).arms
+    return {
+        name: next(stage for stage in arm.stages if isinstance(stage, TuneStage))
+        for name, arm in arms.items()
+    }
+
+
+def test_the_recipe_holds_every_preset_scope_and_convention() -> None:
+    stages = tunings().values()
+    routers = [stage.train.router for stage in stages]
+    presets = {preset for stage in stages for preset in stage.train.freeze}
+    assert presets == set(get_args(FreezePreset))
+    assert {router.convention for router in routers} == set(CONVENTIONS)
+    assert {router.scope for router in routers} == {"global", "lagged", "sequence"}
+    for loss in ("balance", "importance", "z"):
+        coefficients = {getattr(router, f"{loss}_coefficient") > 0 for router in routers}
+        assert coefficients == {True, False}, loss
+    assert any(stage.train.expert_dropout > 0 for stage in stages)
+
+
+@pytest.fixture(scope="module")
+def study_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe cut down to a tiny native Mixtral, small sums and two steps, as a run folder."""
+    folder = tmp_path_factory.mktemp("ablation")
+    tiny_model("mixtral").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    rows = [{"question": f"{n}+{n}?", "answer": str(2 * n)} for n in range(40)]
+    sums = folder / "sums.jsonl"
+    sums.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = json.loads(json.dumps(VALUES))
+    tune = values["defaults"]["tune"]
+    tune["data"] = {"tasks": [str(sums)]}
+    tune["packing"] = {"length": 64, "window": 8}
+    tune["train"] |= {"length": 64, "steps": 2}
+    values["model"] = str(folder / "model")
+    for arm in values["arms"].values():
+        arm["stages"] = [stage for stage in arm["stages"] if stage["stage"] == "tune"]
+    RunDir.open(folder / "run", study_from_mapping(values), resume=False)
+    return folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", VALUES["arms"])
+def test_an_arm_trains_a_native_mixtral(arm: str, study_folder: Path) -> None:
+    job = Job(study_folder, arm, 0, None)
+    run_arm(job)
+    (result,) = json.loads((job.folder / "result.json").read_text())["stages"]
+    trains = result["details"]["training"]["trains"]["parts"]
+    some_frozen = any(part["trained"] < part["parameters"] for part in trains)
+    assert some_frozen == arm.startswith("freeze-")
+
+    config = RouterLossConfig.parse(result["details"]["training"]["router_settings"])
+    lines = (job.folder / "00-tune" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    for row in map(json.loads, lines):
+        weighted = {loss: row[f"router/{loss}_weighted"] for loss in ("balance", "importance", "z")}
+        for loss, weight in config.weights._asdict().items():
+            assert weighted[loss] == pytest.approx(weight * row[f"router/{loss}_raw"], rel=1e-5)
+        total = row["loss/cross_entropy"] + sum(weighted.values())
+        assert row["loss"] == pytest.approx(total, rel=1e-6)
+        # Two layers; even use scores k (2) where any choice counts and layers are averaged, and 1 a
+        # layer where first choices count and layers are added up: 2 either way.
+        assert 1.5 < row["router/balance_raw"] < 8

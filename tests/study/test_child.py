@@ -1,0 +1,107 @@
+"""Child processes: what they answer, what a death without an answer is called, and what the parent holds."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flanmoe.core.errors import FlanmoeError, Interrupted, UserError
+from flanmoe.study.child import Errand, ask
+
+
+def errand(task: str, traceback_file: Path | None = None, **values: object) -> Errand:
+    """Something to be done for a job that does not exist."""
+    return Errand(task, values, "Arm `dense` (seed 0)", "Lower `length`.", traceback_file)
+
+
+def test_an_unexpected_error_before_the_folder_is_there_is_one_sentence(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    details = tmp_path / "arms" / "dense" / "seed-0" / "traceback.txt"
+    with pytest.raises(FlanmoeError) as caught:
+        ask(errand("run_job", details, nonsense=1))
+    assert caught.value.exit_code == 1
+    assert str(caught.value).startswith("An unexpected TypeError stopped the command: run_job()")
+    assert str(caught.value).endswith(f"The details are in {details}; please report it.")
+    assert details.read_text().startswith("Traceback (most recent call last)")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_mistake_keeps_its_exit_status(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is not a run folder: it has no run\.json"):
+        ask(errand("report", folder=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("ending", "kind", "sentence"),
+    [
+        (
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            FlanmoeError,
+            "Arm `dense` (seed 0) ended with signal 9 (Killed) before its process could say why. "
+            "Lower `length`.",
+        ),
+        (
+            "os._exit(7)",
+            FlanmoeError,
+            "Arm `dense` (seed 0) ended with exit status 7 before its process could say why. "
+            "Lower `length`.",
+        ),
+        (
+            "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)",
+            Interrupted,
+            "Arm `dense` (seed 0) was stopped by Ctrl-C.",
+        ),
+    ],
+    ids=["killed", "exit", "ctrl-c"],
+)
+def test_a_death_without_an_answer_is_named(
+    ending: str,
+    kind: type[FlanmoeError],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A `flanmoe.study.main_job` that ends its process as soon as it is imported.
+    hook = tmp_path / "sitecustomize.py"
+    hook.write_text(
+        "import os, signal, sys, time, types\n"
+        "class Ending:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == 'flanmoe.study.main_job': {ending}\n"
+        "sys.meta_path.insert(0, Ending())\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(kind) as caught:
+        ask(errand("report", folder=str(tmp_path)))
+    assert str(caught.value) == sentence
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+_PROGRAM = """
+import sys
+from flanmoe.cli.main import invoke
+from flanmoe.study import launch
+
+class Spy:
+    def run(self, job):
+        print(job.arm, sorted({"torch", "transformers", "numpy", "datasets"} & set(sys.modules)))
+
+launch.LocalExecutor = Spy
+sys.exit(invoke(["run", *sys.argv[1:]]))
+"""
+
+
+def test_the_parent_holds_no_torch_while_a_worker_runs(base: Path, tmp_path: Path) -> None:
+    stage = {"stage": "evaluate", "tasks": ["exemplars/bbh/navigate"]}
+    values = {"name": "tiny", "model": str(base), "stages": [stage]}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-c", _PROGRAM, str(tmp_path / "tiny.yaml")]
+    command += ["--out", str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.stdout == "tiny []\n"
+    # The spy has run nothing, so there is nothing to report.
+    assert "Finish the run first" in result.stderr
