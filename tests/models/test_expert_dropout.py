@@ -10,6 +10,8 @@ from flanmoe.core.errors import ConfigError, ModelError
 from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.expert_dropout import check_expert_dropout, expert_dropout, set_expert_dropout
 from flanmoe.models.experts_interface import fused_experts, hidden_dropout
+from flanmoe.moe.layer import Experts, ExpertsConfig, SparseFFN
+from flanmoe.moe.routers import parse_router
 from flanmoe.testing.tiny_models import DENSE_NAMES, SPARSE_NAMES, tiny_model
 
 _RATE = 0.4
@@ -175,3 +177,19 @@ def test_experts_that_run_something_else() -> None:
         'run `eager`. Call `model.set_experts_implementation("flanmoe")` first.'
     )
     assert _rates(model) == {0.0}
+
+
+def test_our_own_block_drops_at_the_rate_that_is_set() -> None:
+    router = parse_router({"kind": "top_k", "num_experts": 4}).build(hidden_size=8)
+    config = ExpertsConfig(num_experts=4, expert_width=32, dropout=0.1)
+    block = SparseFFN(router, Experts(config, hidden_size=8)).double()
+    hidden = torch.randn(6, 8, dtype=torch.float64)
+    model = nn.Sequential(block)
+    with expert_dropout(model, _RATE):
+        assert block.experts.fused().hidden_dropout == _RATE
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(3)
+            dropped = block(hidden)
+        assert not torch.allclose(dropped, block.eval()(hidden))
+        assert torch.equal(block(hidden), block(hidden))
+    assert block.experts.dropout == 0.1

@@ -120,6 +120,12 @@ def test_first_choices_alone() -> None:
     assert (token_ids.tolist(), expert_ids.tolist()) == ([0, 1, 2], [2, 2, 2])
 
 
+def test_every_choice_counts_and_not_only_two() -> None:
+    choices = Choices(torch.tensor([[3, 1, 0, 2]]), torch.tensor([[True, True, False, True]]))
+    routing = routing_of([0], [3], [1.0], num_tokens=1, choices=choices)
+    assert routing.asked_pairs()[1].tolist() == [3, 1, 2]
+
+
 @pytest.mark.parametrize("first_only", [True, False])
 def test_where_experts_choose_nothing_is_asked_for(first_only: bool) -> None:
     routing = routing_of([0], [1], [0.5], num_tokens=2)

@@ -57,6 +57,8 @@ def study_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tune["packing"] = {"length": 64, "window": 8}
     tune["train"] |= {"length": 64, "steps": 2}
     values["model"] = str(folder / "model")
+    # Only tuning is left of every arm.
+    values["defaults"] = {"tune": tune}
     for arm in values["arms"].values():
         arm["stages"] = [stage for stage in arm["stages"] if stage["stage"] == "tune"]
     RunDir.open(folder / "run", study_from_mapping(values), resume=False)

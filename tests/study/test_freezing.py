@@ -22,7 +22,8 @@ from flanmoe.stages.context import StageContext
 from flanmoe.stages.held_model import HeldModel
 from flanmoe.stages.recipe import TuneStage
 from flanmoe.stages.tune import run_tune
-from flanmoe.study.plan import ArmPlan, plan_study
+from flanmoe.study.machine import Machine
+from flanmoe.study.plan import ArmPlan, plan_study, refusals
 from flanmoe.study.study import study_from_mapping
 from flanmoe.testing.tiny_models import tiny_model, tiny_tokenizer
 
@@ -91,8 +92,25 @@ def test_the_plan_counts_what_trains(sparse_base: Path, task_file: Path) -> None
     # A gradient and two moments less for each.
     assert whole.memory.gradients - frozen.memory.gradients == 4 * (_EXPERTS + _GATES)
     assert whole.memory.optimizer - frozen.memory.optimizer == 8 * (_EXPERTS + _GATES)
-    # One checkpoint that is kept and one being written.
-    assert whole.disk_bytes - frozen.disk_bytes == 2 * 8 * (_EXPERTS + _GATES)
+    # The one checkpoint that Ctrl-C would write.
+    assert whole.disk_bytes - frozen.disk_bytes == 8 * (_EXPERTS + _GATES)
+
+
+def test_the_plan_counts_the_disk_of_one_arm_at_a_time(sparse_base: Path, task_file: Path) -> None:
+    seldom = plan(sparse_base, tune_stage(task_file))
+    often = plan(sparse_base, tune_stage(task_file, checkpoint_every_steps=1, keep_checkpoints=2))
+    model = 4 * seldom.parameters.total
+    assert (seldom.kept_bytes, seldom.disk_bytes) == (model, model + 3 * model)
+    assert (often.kept_bytes, often.disk_bytes) == (model, model + 3 * 3 * model)
+    # Three arms with two seeds: six models that stay, and the checkpoint of the one that runs.
+    room = Machine(
+        cores=1, memory_bytes=2**50, disk_bytes=6 * model + 3 * model, flops_per_second=1e9
+    )
+    arms = {name: seldom for name in ("a", "b", "c")}
+    assert refusals(arms, room, seeds=2) == []
+    short = room.model_copy(update={"disk_bytes": room.disk_bytes - 1})
+    (sentence,) = refusals(arms, short, seeds=2)
+    assert sentence.startswith("The arms need about ")
 
 
 def test_the_plan_freezes_the_model_that_upcycling_gives(dense_base: Path, task_file: Path) -> None:

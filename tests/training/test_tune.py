@@ -58,12 +58,14 @@ def test_result_of_a_sparse_model(tmp_path: Path, packed_rows: Rows) -> None:
     assert result.router_losses
     assert result.router_settings == {
         "balance_coefficient": 0.01,
+        "importance_coefficient": 0.0,
         "z_coefficient": 0.001,
+        "convention": "t5x",
         "scope": "global",
     }
     last = RunDir(tmp_path).rows("metrics.jsonl")[-1]
     assert result.router_last == {k: v for k, v in last.items() if k.startswith("router/")}
-    assert len(result.router_last) == 4
+    assert len(result.router_last) == 6
     assert TuneResult.parse(result.to_mapping()) == result
 
 

@@ -19,6 +19,7 @@ from flanmoe.models.experts_interface import (
     hidden_dropout,
 )
 from flanmoe.moe.block import MoEBlock
+from flanmoe.moe.layer import Experts
 
 
 def check_expert_dropout(model: nn.Module, rate: float) -> None:
@@ -58,27 +59,43 @@ def set_expert_dropout(model: nn.Module, rate: float) -> None:
         for block in blocks:
             _require_own_compute(block)
     for block in blocks:
-        setattr(block.experts, HIDDEN_DROPOUT, rate)
+        _set(block.experts, rate)
 
 
 @contextmanager
-def expert_dropout(model: nn.Module, rate: float) -> Generator[None]:
+def expert_dropout(model: nn.Module, rate: float | None) -> Generator[None]:
     """Train with a rate of expert dropout inside the `with` block, as before it afterwards.
+
+    Without a rate nothing changes.
 
     Raises:
         ConfigError, ModelError: as `set_expert_dropout` does.
     """
     experts = [block.experts for block in moe_blocks(model)]
-    before = [hidden_dropout(module) for module in experts]
-    set_expert_dropout(model, rate)
+    before = [_rate(module) for module in experts]
+    if rate is not None:
+        set_expert_dropout(model, rate)
     try:
         yield
     finally:
         for module, value in zip(experts, before, strict=True):
-            setattr(module, HIDDEN_DROPOUT, value)
+            _set(module, value)
+
+
+def _rate(experts: nn.Module) -> float:
+    return experts.dropout if isinstance(experts, Experts) else hidden_dropout(experts)
+
+
+def _set(experts: nn.Module, rate: float) -> None:
+    if isinstance(experts, Experts):
+        experts.dropout = rate
+    else:
+        setattr(experts, HIDDEN_DROPOUT, rate)
 
 
 def _require_own_compute(block: MoEBlock) -> None:
+    if isinstance(block.experts, Experts):
+        return
     found = experts_implementation(block.experts)
     if found != EXPERTS_IMPLEMENTATION:
         raise ModelError(

@@ -113,7 +113,7 @@ def tuning_size(model: PreTrainedModel, config: TuneConfig) -> TuningSize:
     Raises:
         ModelError: if `freeze` or `expert_dropout` does not suit the model.
     """
-    check_expert_dropout(model, config.expert_dropout)
+    check_expert_dropout(model, config.expert_dropout or 0.0)
     with frozen(model, config.freeze):
         memory = estimate_memory(
             model,

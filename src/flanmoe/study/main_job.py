@@ -42,7 +42,8 @@ def quickstart_study(*, minutes: float, overrides: Sequence[str]) -> Study:
     )
     scaled = [
         f"defaults.tune.train.steps={steps}",
-        f"defaults.tune.train.warmup_steps={min(2, steps)}",
+        # The first of n warm-up steps has rate 0: with no step beside them nothing would train.
+        f"defaults.tune.train.warmup_steps={min(2, steps - 1)}",
         f"defaults.evaluate.limit={max(fewest, min(limit, round(limit * share)))}",
     ]
     changes = [] if share == 1 else scaled

@@ -24,6 +24,7 @@ from flanmoe.stages.tune import tuning_size
 from flanmoe.study.machine import Machine, this_machine
 from flanmoe.study.report_text import size as size_text
 from flanmoe.study.study import Arm, Study
+from flanmoe.training.arguments import TuneConfig
 
 # Share of the measured rate of matrix products that a whole step reaches, evaluation included: measured
 # with the quickstart on 2 CPU cores (docs/results). The report puts estimate and measurement side by side.
@@ -44,7 +45,9 @@ class ArmPlan(Config):
         tokens: packed tokens that it is tuned on, padding included.
         training_flops: of all tuning steps.
         seconds: of tuning and evaluation on this machine, roughly.
-        disk_bytes: largest space taken at one time: saved models and the checkpoints of one tuning.
+        disk_bytes: largest space that it takes at one time: saved models and the checkpoints of one
+            tuning (one where they are only written after Ctrl-C).
+        kept_bytes: what is left of that when it has finished: its last model.
     """
 
     stages: tuple[str, ...]
@@ -55,6 +58,7 @@ class ArmPlan(Config):
     training_flops: float
     seconds: float
     disk_bytes: int
+    kept_bytes: int
 
 
 class StudyPlan(Config):
@@ -100,7 +104,7 @@ def plan_study(study: Study, data_dir: Path | None, *, folder: Path | None = Non
         seeds=len(study.seeds),
         arms=arms,
         machine=machine,
-        refusals=tuple(_refusals(arms, machine)),
+        refusals=tuple(refusals(arms, machine, seeds=len(study.seeds))),
     )
 
 
@@ -130,7 +134,7 @@ def _plan_arm(arm: Arm, machine: Machine) -> ArmPlan:
     memory: MemoryEstimate | None = None
     parameters = count_parameters(model)
     flops = count_flops(model, context_length=1024)
-    tokens, training_flops, all_flops, disk = 0, 0.0, 0.0, 0
+    tokens, training_flops, all_flops, disk, last = 0, 0.0, 0.0, 0, 0
     for stage in arm.stages:
         match stage:
             case UpcycleStage():
@@ -138,7 +142,8 @@ def _plan_arm(arm: Arm, machine: Machine) -> ArmPlan:
                 model = meta_model(config)
                 parameters = count_parameters(model)
                 flops = count_flops(model, context_length=1024)
-                disk += _model_bytes(parameters)
+                last = _model_bytes(parameters)
+                disk += last
             case TuneStage():
                 flops = count_flops(model, context_length=stage.train.length)
                 size = tuning_size(model, stage.train)
@@ -148,9 +153,8 @@ def _plan_arm(arm: Arm, machine: Machine) -> ArmPlan:
                 tokens += planned
                 training_flops += flops.training * planned
                 all_flops += flops.training * planned
-                # The tuned model, and the checkpoints that are kept beside the next one.
-                kept = (1 + stage.train.keep_checkpoints) * _checkpoint_bytes(parameters)
-                disk += _model_bytes(parameters) + kept
+                last = _model_bytes(parameters)
+                disk += last + _num_checkpoints(stage.train) * _checkpoint_bytes(parameters)
             case EvaluateStage():
                 all_flops += flops.total * _TOKENS_PER_QUESTION * (stage.limit or 1000)
     return ArmPlan(
@@ -162,6 +166,7 @@ def _plan_arm(arm: Arm, machine: Machine) -> ArmPlan:
         training_flops=training_flops,
         seconds=all_flops / (machine.flops_per_second * _EFFICIENCY),
         disk_bytes=disk,
+        kept_bytes=last,
     )
 
 
@@ -169,12 +174,18 @@ def _model_bytes(parameters: ParameterCount) -> int:
     return _BYTES_FLOAT32 * parameters.total
 
 
+def _num_checkpoints(train: TuneConfig) -> int:
+    # Those that are kept stand beside the next one while it is written.
+    return 1 + train.keep_checkpoints if train.checkpoint_every_steps else 1
+
+
 def _checkpoint_bytes(parameters: ParameterCount) -> int:
     # Weights, and two moments of what trains.
     return _BYTES_FLOAT32 * (parameters.total + 2 * parameters.trainable)
 
 
-def _refusals(arms: dict[str, ArmPlan], machine: Machine) -> "list[str]":
+def refusals(arms: dict[str, ArmPlan], machine: Machine, *, seeds: int) -> "list[str]":
+    """Return one sentence for each thing that will not fit on a machine."""
     found: list[str] = []
     for name, arm in arms.items():
         if arm.memory is not None and arm.memory.total > machine.memory_bytes:
@@ -182,8 +193,9 @@ def _refusals(arms: dict[str, ArmPlan], machine: Machine) -> "list[str]":
                 f"Arm `{name}` needs about {size_text(arm.memory.total)} of memory, but "
                 f"{size_text(machine.memory_bytes)} are free; lower `train.length` or take a smaller model."
             )
-    # Arms run one after the other, but each leaves its last model behind.
-    needed = sum(arm.disk_bytes for arm in arms.values())
+    # Arms run one after the other, and each leaves its last model behind.
+    kept = seeds * sum(arm.kept_bytes for arm in arms.values())
+    needed = kept + max(arm.disk_bytes - arm.kept_bytes for arm in arms.values())
     if needed > machine.disk_bytes:
         found.append(
             f"The arms need about {size_text(needed)} of disk, but {size_text(machine.disk_bytes)} are "

@@ -39,7 +39,8 @@ class TuneConfig(Config):
             `non_moe` and `attention` together; see `flanmoe.models.freezing`. FLOPs are counted as
             if everything trained.
         expert_dropout: share of the hidden units inside routed experts that is dropped, beside
-            whatever dropout the model's configuration has; see `flanmoe.models.expert_dropout`.
+            whatever dropout the model's configuration has; None leaves the experts' own rate, which
+            is 0 in native models; see `flanmoe.models.expert_dropout`.
         checkpoint_every_steps: how often to save, and at the end; None saves after Ctrl-C only.
         keep_checkpoints: how many complete checkpoints stay on disk.
         gradient_checkpointing: compute activations again in the backward pass to save memory.
@@ -62,7 +63,7 @@ class TuneConfig(Config):
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     router: RouterLossConfig = RouterLossConfig()
     freeze: FreezePresets = ()
-    expert_dropout: float = Field(default=0.0, ge=0, lt=1)
+    expert_dropout: float | None = Field(default=None, ge=0, lt=1)
     checkpoint_every_steps: int | None = Field(default=None, ge=1)
     keep_checkpoints: int = Field(default=1, ge=1)
     gradient_checkpointing: bool = False
