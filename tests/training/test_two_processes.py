@@ -1,5 +1,6 @@
 """Two processes (gloo, DDP) take the same step as one. Sharding is in `test_fsdp.py`."""
 
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +19,15 @@ from flanmoe.training.trainer import SparseTrainer
 SCRIPT = Path(__file__).parent / "scripts" / "one_of_two.py"
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("scope", ["global", "lagged", "sequence"])
+LOSSES = {"balance_coefficient": 0.5, "importance_coefficient": 0.3, "z_coefficient": 0.1}
+ROUTERS = [
+    *({**LOSSES, "scope": scope} for scope in ("global", "lagged", "sequence")),
+    {**LOSSES, "scope": "global", "convention": "mesh_tf"},
+]
+
+
+@pytest.mark.slow
 def test_gradients_equal_those_of_one_process(
-    scope: str,
     tmp_path: Path,
     packed_rows: Callable[..., list[Packed]],
     gradients_of: Callable[..., list[dict[str, torch.Tensor]]],
@@ -29,21 +35,21 @@ def test_gradients_equal_those_of_one_process(
 ) -> None:
     rows = packed_rows(16)
     (tmp_path / "rows").write_bytes(pickle.dumps(rows))
-    in_two_processes(SCRIPT, scope, tmp_path / "rows", tmp_path / "out.pt")
-    found = torch.load(tmp_path / "out.pt")
-    router = {"balance_coefficient": 0.5, "z_coefficient": 0.1, "scope": scope}
-    expected = gradients_of(
-        tiny_model("mixtral").double(),
-        rows,
-        steps=2,
-        rows_per_step=8,
-        micro_batch_rows=2,
-        router=router,
-    )
-    for one, other in zip(found["gradients"], expected, strict=True):
-        for name, value in other.items():
-            difference = (one[name] - value).abs().max() / value.abs().max()
-            assert float(difference) < 1e-10, name
+    (tmp_path / "routers.json").write_text(json.dumps(ROUTERS))
+    in_two_processes(SCRIPT, tmp_path / "routers.json", tmp_path / "rows", tmp_path / "out.pt")
+    for router, found in zip(ROUTERS, torch.load(tmp_path / "out.pt"), strict=True):
+        expected = gradients_of(
+            tiny_model("mixtral").double(),
+            rows,
+            steps=2,
+            rows_per_step=8,
+            micro_batch_rows=2,
+            router=router,
+        )
+        for one, other in zip(found, expected, strict=True):
+            for name, value in other.items():
+                difference = (one[name] - value).abs().max() / value.abs().max()
+                assert float(difference) < 1e-10, (router, name)
 
 
 @pytest.mark.parametrize("outside", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "fsdp"])

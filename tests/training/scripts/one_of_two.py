@@ -1,10 +1,12 @@
 """One of two processes that train together: `torchrun`'s environment is set by the test.
 
-    python one_of_two.py SCOPE ROWS.pickle OUT.pt
+    python one_of_two.py ROUTERS.json ROWS.pickle OUT.pt
 
-Takes every second row, makes two steps, writes the gradients of each (first process only).
+For each of the router settings: takes every second row, makes two steps from the same weights, and writes
+the gradients of each (first process only).
 """
 
+import json
 import pickle
 import sys
 from pathlib import Path
@@ -24,25 +26,25 @@ from flanmoe.training.trainer import SparseTrainer
 
 
 class Keep(TrainerCallback, StepCallback):
-    """Keeps gradients and reports."""
+    """Keeps gradients."""
 
     name = "keep"
 
     def __init__(self) -> None:
         self.gradients: list[dict[str, torch.Tensor]] = []
-        self.metrics: list[dict[str, float]] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         named = kwargs["model"].named_parameters()
         self.gradients.append({name: value.grad.clone() for name, value in named})
 
     def after_step(self, report: StepReport) -> None:
-        self.metrics.append(report.metrics())
+        """Leave reports alone."""
 
 
-def main() -> None:
-    scope, rows_file, out = sys.argv[1:]
-    torch.set_num_threads(1)
+def gradients_with(
+    router: dict[str, Any], rows: list[Any], folder: Path
+) -> list[dict[str, torch.Tensor]]:
+    """Make two steps and return the gradients of each."""
     config = TuneConfig.parse(
         {
             "steps": 2,
@@ -50,13 +52,12 @@ def main() -> None:
             "micro_batch_rows": 2,
             "precision": "float32",
             "max_grad_norm": 0.0,
-            "router": {"balance_coefficient": 0.5, "z_coefficient": 0.1, "scope": scope},
+            "router": router,
         }
     )
-    arguments = training_arguments(config, Path(out).parent / "checkpoints", SeedTree(0))
+    arguments = training_arguments(config, folder, SeedTree(0))
     assert arguments.world_size == 2
     assert arguments.gradient_accumulation_steps == 2
-    rows = pickle.loads(Path(rows_file).read_bytes())
     keep = Keep()
     trainer = SparseTrainer(
         tiny_model("mixtral").double(),
@@ -67,8 +68,20 @@ def main() -> None:
     )
     trainer.add_callback(keep)
     trainer.train()
-    if arguments.process_index == 0:
-        torch.save({"gradients": keep.gradients, "metrics": keep.metrics}, out)
+    return keep.gradients
+
+
+def main() -> None:
+    """Run every setting, and save what the first process found."""
+    routers_file, rows_file, out = map(Path, sys.argv[1:])
+    torch.set_num_threads(1)
+    rows = pickle.loads(rows_file.read_bytes())
+    found = [
+        gradients_with(router, rows, out.parent / "checkpoints")
+        for router in json.loads(routers_file.read_text())
+    ]
+    if torch.distributed.get_rank() == 0:
+        torch.save(found, out)
     torch.distributed.destroy_process_group()
 
 
