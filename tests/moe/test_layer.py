@@ -25,6 +25,7 @@ from flanmoe.moe.routers import (
     StMoeConfig,
     SwitchConfig,
     TopKConfig,
+    parse_router,
 )
 from flanmoe.moe.routing import ForcedRouting, Routing
 from flanmoe.testing.contracts import check_counts, check_experts_read_back
@@ -427,3 +428,28 @@ def test_router_losses_of_a_recording_reach_the_routers_and_the_layers_below() -
     torch.testing.assert_close(last.router.weight.grad, expected, rtol=1e-10, atol=1e-14)
     assert last.experts.down_proj.grad is None
     assert model.layers[0].ffn.experts.down_proj.grad.abs().sum() > 1e-3
+
+
+def test_rows_are_examples_where_nothing_else_is_said() -> None:
+    router = parse_router({"kind": "expert_choice", "num_experts": 3}).build(hidden_size=5)
+    block = SparseFFN(router, Experts(ExpertsConfig(num_experts=3, expert_width=4), hidden_size=5))
+    hidden = torch.randn(2, 6, 5)
+    alone = torch.stack([block(row) for row in hidden])
+    torch.testing.assert_close(block(hidden), alone)
+    together = block(hidden, segments=torch.zeros(2, 6, dtype=torch.long))
+    assert not torch.allclose(together, alone)
+
+
+def test_a_recording_with_padding_that_the_block_was_not_told_of_is_refused() -> None:
+    router = parse_router({"kind": "top_k", "num_experts": 3}).build(hidden_size=5)
+    model = torch.nn.Sequential(
+        SparseFFN(router, Experts(ExpertsConfig(num_experts=3, expert_width=4), hidden_size=5))
+    )
+    recorder = RoutingRecorder(moe_blocks(model))
+    valid = torch.tensor([True, True, False])
+    with pytest.raises(ModelError) as caught, recorder.recording(valid=valid):
+        model(torch.randn(3, 5))
+    assert str(caught.value) == (
+        "The router of 0 must know which tokens are padding, but counted 3 real tokens where there "
+        "are 2. Pass `valid` to the block in the model's forward."
+    )

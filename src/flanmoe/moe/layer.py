@@ -135,17 +135,25 @@ class SparseFFN(nn.Module):
         Args:
             hidden: hidden states, any number of leading axes; tokens are taken row after row.
             valid: False where a token is padding; it takes no place and gets zeros.
-            segments: the number of each token's example, different for different rows.
+            segments: the number of each token's example, different for different rows; without it
+                every row, along the last axis but one, is an example.
             forced: experts to use whatever the scores say.
         """
         tokens = hidden.reshape(-1, hidden.shape[-1])
         routing = self.router(
             tokens,
             valid=None if valid is None else valid.flatten(),
-            segments=None if segments is None else segments.flatten(),
+            segments=_rows(hidden) if segments is None else segments.flatten(),
             forced=forced,
         )
         return self.experts(tokens, *routing.slots()).view_as(hidden)
+
+
+def _rows(hidden: Float[Tensor, "*B H"]) -> Int[Tensor, " T"]:
+    """Return the number of each token's row."""
+    length = hidden.shape[-2] if hidden.ndim > 1 else 1
+    num_tokens = hidden.shape[:-1].numel()
+    return torch.arange(num_tokens, device=hidden.device) // max(length, 1)
 
 
 @dataclass(slots=True)
@@ -199,14 +207,14 @@ class SparseFFNBlock:
                 f"Experts of {self.name} have no biases, but biases were given. Write an expert "
                 "that was read from a block without them."
             )
-        for target, source in zip(
-            self._views(index), (weights.gate, weights.up, weights.down), strict=True
-        ):
+        pairs = list(zip(self._views(index), (weights.gate, weights.up, weights.down), strict=True))
+        for target, source in pairs:
             if target.shape != source.shape:
                 raise ModelError(
                     f"A matrix of an expert of {self.name} has shape {tuple(target.shape)}, but "
                     f"{tuple(source.shape)} was given."
                 )
+        for target, source in pairs:
             target.copy_(source)
 
     def routing(
@@ -219,7 +227,16 @@ class SparseFFNBlock:
         """Return what the router returned: it knows padding and examples itself.
 
         Gates are detached, as those of native blocks are.
+
+        Raises:
+            ModelError: if it was told of other padding than the recording was.
         """
+        if valid is not None and not torch.equal(valid, returned.valid):
+            raise ModelError(
+                f"The router of {self.name} must know which tokens are padding, but counted "
+                f"{int(returned.valid.sum())} real tokens where there are {int(valid.sum())}. Pass "
+                "`valid` to the block in the model's forward."
+            )
         return replace(returned, gates=returned.gates.detach())
 
     def _views(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
