@@ -433,10 +433,11 @@ def test_router_losses_of_a_recording_reach_the_routers_and_the_layers_below() -
 def test_rows_are_examples_where_nothing_else_is_said() -> None:
     router = parse_router({"kind": "expert_choice", "num_experts": 3}).build(hidden_size=5)
     block = SparseFFN(router, Experts(ExpertsConfig(num_experts=3, expert_width=4), hidden_size=5))
-    hidden = torch.randn(2, 6, 5)
+    # Another mean for each row, so that experts like the one better than the other.
+    hidden = torch.randn(2, 20, 5) + torch.tensor([[[-2.0]], [[2.0]]])
     alone = torch.stack([block(row) for row in hidden])
     torch.testing.assert_close(block(hidden), alone)
-    together = block(hidden, segments=torch.zeros(2, 6, dtype=torch.long))
+    together = block(hidden, segments=torch.zeros(2, 20, dtype=torch.long))
     assert not torch.allclose(together, alone)
 
 
