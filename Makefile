@@ -14,6 +14,10 @@ INSTALL := $(PIP) install -c constraints.txt
 READY := $(VENV)/installed
 READY_DEV := $(VENV)/installed-dev
 
+# Tests run on one thread each, so that a process a core is the faster way; a file stays in one process, for the
+# models and runs that its tests share.
+PARALLEL := -n auto --dist loadfile
+
 .DELETE_ON_ERROR:
 .PHONY: help setup quickstart test test-fast test-all lint types check clean
 
@@ -26,13 +30,13 @@ quickstart: $(READY)  ## the main job on an embedded model: about 15 minutes on 
 	$(BIN)/flanmoe quickstart $(ARGS)
 
 test: $(READY)  ## all tests but the exhaustive ones: under 10 minutes
-	$(BIN)/python -m pytest -m "not exhaustive" $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not exhaustive" $(ARGS)
 
 test-fast: $(READY)  ## neither slow nor exhaustive tests: under a minute
-	$(BIN)/python -m pytest -m "not slow and not exhaustive" $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not exhaustive" $(ARGS)
 
 test-all: $(READY)  ## every test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 lint: $(READY_DEV)  ## ruff: rules and format
 	$(BIN)/ruff check .

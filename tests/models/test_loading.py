@@ -45,6 +45,16 @@ def test_a_model_comes_back_to_the_bit(name: str, tmp_path: Path) -> None:
     assert uses_ours == (name in SPARSE_NAMES)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists its maps")
+@pytest.mark.parametrize("name", SPARSE_NAMES)
+def test_a_sparse_model_does_not_keep_its_file_in_memory(name: str, tmp_path: Path) -> None:
+    """Experts that are put side by side would stand in memory twice."""
+    save_model(tiny_model(name), tiny_tokenizer(), tmp_path)
+    loaded = load_model(str(tmp_path))
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert loaded.num_parameters() > 0
+
+
 def test_the_dtype_is_the_one_asked_for(saved: Path) -> None:
     assert load_model(str(saved)).dtype == torch.float32
     assert load_model(str(saved), dtype=torch.bfloat16).dtype == torch.bfloat16

@@ -4,14 +4,21 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from flanmoe.core.seeds import SeedTree
-from flanmoe.models.memory import RUNTIME_BYTES, estimate_memory, saved_bytes_per_token
+from flanmoe.models.memory import (
+    RUNTIME_BYTES,
+    Precision,
+    estimate_memory,
+    saved_bytes_per_token,
+)
 from flanmoe.models.upcycle import UpcycleConfig, upcycle
 from flanmoe.testing.tiny_models import tiny_model
 
@@ -19,7 +26,7 @@ _LENGTH = 256
 _WIDER = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 8}
 
 
-def _saved_by_autograd(model: PreTrainedModel, precision: str) -> int:
+def _saved_by_autograd(model: PreTrainedModel, precision: Precision) -> int:
     """Return the bytes of every tensor that one packed forward pass saves, weights left out."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     sizes = {parameter.shape for parameter in model.parameters() if parameter.ndim > 1}
@@ -47,23 +54,76 @@ def _saved_by_autograd(model: PreTrainedModel, precision: str) -> int:
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral", "qwen2_moe", "olmoe"])
-def test_activations_are_what_autograd_saves(name: str, precision: str) -> None:
+def test_activations_are_what_autograd_saves(name: str, precision: Precision) -> None:
     model = tiny_model(name, **_WIDER, num_hidden_layers=4).train()
     estimate = _LENGTH * saved_bytes_per_token(model, precision, length=_LENGTH)
     assert estimate == pytest.approx(_saved_by_autograd(model, precision), rel=0.1)
+
+
+def _peak_of_a_micro_batch(model: PreTrainedModel, precision: Precision) -> int:
+    """Return the most bytes that tensors of one forward and backward pass hold at a time.
+
+    Gradients are there before, as from the second micro-batch of a step on.
+    """
+    tokens = torch.randint(8, (1, _LENGTH), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(100), torch.arange(_LENGTH - 100)])[None]
+
+    def run() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            logits = model(tokens, position_ids=positions, use_cache=False).logits[0].float()
+        torch.nn.functional.cross_entropy(logits, tokens[0]).backward()
+
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    events: list[Any] = list(record.profiler.kineto_results.experimental_event_tree())  # pyright: ignore
+    held: list[tuple[int, int, int]] = []
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.tag.name == "Allocation":
+            fields = event.extra_fields
+            held.append((event.start_time_ns, fields.total_allocated, fields.alloc_size))
+    held.sort()
+    _, first, size = held[0]
+    return max(total for _, total, _ in held) - (first - size)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral", "olmoe"])
+def test_the_fullest_moment_is_what_tensors_hold(
+    name: str, precision: Precision, checkpointing: bool
+) -> None:
+    model = tiny_model(name, **_WIDER, num_hidden_layers=8).train()
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    found = estimate_memory(
+        model, rows=1, length=_LENGTH, precision=precision, gradient_checkpointing=checkpointing
+    )
+    measured = _peak_of_a_micro_batch(model, precision)
+    assert found.weight_copies + found.activations == pytest.approx(measured, rel=0.1)
 
 
 def test_parts_by_hand() -> None:
     model = tiny_model("llama", tie_word_embeddings=False)
     total = sum(parameter.numel() for parameter in model.parameters())
     vectors = 5 * 32
-    found = estimate_memory(model, rows=2, length=16, loss_positions=10)
+    found = estimate_memory(model, rows=2, length=16, loss_positions=20)
     assert (found.weights, found.gradients, found.optimizer) == (4 * total, 4 * total, 8 * total)
     assert found.weight_copies == 2 * (total - vectors)
     assert found.runtime == RUNTIME_BYTES
     saved = 32 * saved_bytes_per_token(model, "bfloat16", length=16)
-    assert found.activations == saved + 10 * 128 * (2 + 12) + 4 * 128 * 32
+    assert found.activations == saved + 20 * 128 * (2 + 12)
+    assert found.allocator == (found.gradients + found.weight_copies + saved) // 4
     assert found.total == sum(found.parts.values())
+
+
+def test_with_few_logits_the_gradient_of_the_head_counts() -> None:
+    model = tiny_model("llama", tie_word_embeddings=False)
+    saved = 32 * saved_bytes_per_token(model, "bfloat16", length=16)
+    found = estimate_memory(model, rows=2, length=16, loss_positions=1)
+    assert found.activations == saved + 128 * 32 * (2 + 4)
 
 
 def test_frozen_weights_have_neither_gradients_nor_moments() -> None:
@@ -91,7 +151,7 @@ import torch
 from flanmoe.core.memory import peak_memory_bytes, reset_peak_memory
 from flanmoe.models.loading import load_model
 from flanmoe.models.memory import estimate_memory
-import flanmoe.stages.tune
+import flanmoe.study.runner
 
 model = load_model(sys.argv[1]).train()
 length = 512

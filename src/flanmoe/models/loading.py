@@ -80,6 +80,7 @@ def load_model(reference: str, *, dtype: torch.dtype = torch.float32) -> PreTrai
             lack weights.
     """
     config = load_config(reference)
+    written_in = config.dtype
     with _one_sentence(reference, "weights"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolve_reference(reference), config=config, dtype=dtype, output_loading_info=True
@@ -93,9 +94,26 @@ def load_model(reference: str, *, dtype: torch.dtype = torch.float32) -> PreTrai
             "complete checkpoint."
         )
     if moe_blocks(model):
+        if written_in == dtype:
+            _let_go_of_the_file(model)
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
         run_routers_outside_autocast(model)
     return model.eval()
+
+
+def _let_go_of_the_file(model: PreTrainedModel) -> None:
+    """Copy weights that look into the checkpoint's file, so that it need not stay in memory.
+
+    transformers maps the file, uses it in place where no other dtype is asked for, and copies
+    experts out of it that have to be put side by side. The other weights would keep the whole file
+    mapped and, once read, resident beside those copies.
+    """
+    for weight in model.parameters():
+        weight.data = weight.data.clone()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            # A loaded buffer is a view, and holds what it is a view of.
+            setattr(module, name, buffer.clone())
 
 
 def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:

@@ -120,6 +120,7 @@ def tuning_size(model: PreTrainedModel, config: TuneConfig) -> TuningSize:
             rows=config.micro_batch_rows,
             length=config.length,
             precision=config.precision,
+            gradient_checkpointing=config.gradient_checkpointing,
         )
         return TuningSize(count_parameters(model), memory)
 

@@ -1,6 +1,5 @@
 """From what a study recorded on disk to everything that its report shows."""
 
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -9,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import psutil
 
+from flanmoe.core.cores import usable_cores
 from flanmoe.core.errors import RunError
 from flanmoe.core.ledger import Ledger
 from flanmoe.core.rundir import RunDir
@@ -458,7 +458,7 @@ def _packing_warnings(packing: PackingReport) -> "list[str]":
 def _hardware() -> Hardware:
     return Hardware(
         cpu=_cpu_name(),
-        num_cores=len(os.sched_getaffinity(0)),
+        num_cores=usable_cores(),
         memory_bytes=psutil.virtual_memory().total,
     )
 

@@ -1,6 +1,5 @@
 """What this machine can do: memory, disk, and the rate of its matrix products, measured in half a second."""
 
-import os
 import shutil
 import time
 from pathlib import Path
@@ -9,6 +8,7 @@ import psutil
 import torch
 
 from flanmoe.core.config import Config
+from flanmoe.core.cores import usable_cores
 
 
 class Machine(Config):
@@ -33,7 +33,7 @@ def this_machine(folder: Path, *, precision: str) -> Machine:
     while not existing.exists():
         existing = existing.parent
     return Machine(
-        cores=len(os.sched_getaffinity(0)),
+        cores=usable_cores(),
         memory_bytes=psutil.virtual_memory().available,
         disk_bytes=shutil.disk_usage(existing).free,
         flops_per_second=_matrix_rate(torch.bfloat16 if precision == "bfloat16" else torch.float32),

@@ -6,13 +6,14 @@ Models are built on the meta device, so a plan needs the configuration of a mode
 from pathlib import Path
 
 from rich.table import Table
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from flanmoe.core.cache import fingerprint
 from flanmoe.core.config import Config
 from flanmoe.core.seeds import SeedTree
 from flanmoe.data.mixture import Mixture
 from flanmoe.evaluation.suites import load_suite, warn_of_skipped
+from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.flops import FlopCount, count_flops
 from flanmoe.models.loading import load_config
 from flanmoe.models.memory import MemoryEstimate
@@ -25,6 +26,7 @@ from flanmoe.study.machine import Machine, this_machine
 from flanmoe.study.report_text import size as size_text
 from flanmoe.study.study import Arm, Study
 from flanmoe.training.arguments import TuneConfig
+from flanmoe.training.router_losses import scope_of
 
 # Share of the measured rate of matrix products that a whole step reaches, evaluation included: measured
 # with the quickstart on 2 CPU cores (docs/results). The report puts estimate and measurement side by side.
@@ -43,7 +45,8 @@ class ArmPlan(Config):
         flops_per_token: forward FLOPs of one token of that model.
         memory: peak of its most demanding tuning; None where nothing is tuned.
         tokens: packed tokens that it is tuned on, padding included.
-        training_flops: of all tuning steps.
+        training_flops: of all tuning steps, with the passes that count experts for router losses of
+            scope `global`; frozen parameters count as if they trained.
         seconds: of tuning and evaluation on this machine, roughly.
         disk_bytes: largest space that it takes at one time: saved models and the checkpoints of one
             tuning (one where they are only written after Ctrl-C).
@@ -151,8 +154,11 @@ def _plan_arm(arm: Arm, machine: Machine) -> ArmPlan:
                 memory = max((memory, size.memory), key=lambda item: item.total if item else -1)
                 planned = stage.train.steps * stage.train.rows_per_step * stage.train.length
                 tokens += planned
-                training_flops += flops.training * planned
-                all_flops += flops.training * planned
+                tuning_flops = planned * (
+                    flops.training + _counting_flops(stage.train, model, flops)
+                )
+                training_flops += tuning_flops
+                all_flops += tuning_flops
                 last = _model_bytes(parameters)
                 disk += last + _num_checkpoints(stage.train) * _checkpoint_bytes(parameters)
             case EvaluateStage():
@@ -168,6 +174,16 @@ def _plan_arm(arm: Arm, machine: Machine) -> ArmPlan:
         disk_bytes=disk,
         kept_bytes=last,
     )
+
+
+def _counting_flops(train: TuneConfig, model: PreTrainedModel, flops: FlopCount) -> float:
+    """Return what the trainer spends on a token before its step: a forward pass, or nothing.
+
+    Experts are counted beforehand where router losses are taken over a step of several micro-batches.
+    """
+    blocks = moe_blocks(model)
+    several = train.rows_per_step > train.micro_batch_rows
+    return flops.total if several and blocks and scope_of(train.router, blocks).needs_use else 0.0
 
 
 def _model_bytes(parameters: ParameterCount) -> int:
