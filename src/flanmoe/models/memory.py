@@ -36,10 +36,11 @@ Optimizer = Literal["adamw", "sgd"]
 # transformers 5.23.
 RUNTIME_BYTES = 700 * 2**20
 # Gradients, copies and activations are freed and made anew in every step. glibc keeps freed blocks
-# below 32 MiB in its heap, where the next ones do not fill the holes: after 5 steps of SmolLM2-135M
-# on 1024 tokens (mallinfo2) holes took up 0.38 of what is made anew in the dense model, 0.26 in its
-# sparse twin. Without a heap (MALLOC_MMAP_THRESHOLD_=262144) there were none, and steps took a
-# fifth longer.
+# below 32 MiB in its heap, where the next ones do not fill the holes. After 5 steps of SmolLM2-135M
+# on 1024 tokens, holes took up 0.27 of what is made anew in the dense model and 0.20 in its sparse
+# twin, beyond what the runtime above has to spare; after 2 steps there are hardly any. With each
+# block mapped by itself (MALLOC_MMAP_THRESHOLD_=262144) there were none, and a step took a fifth
+# longer.
 _HEAP_HOLES = 0.25
 # Rows of an expert are rounded up to a multiple of this for bfloat16 products on the CPU
 # (`flanmoe.moe.experts`), which adds half of it to each expert.
@@ -130,7 +131,7 @@ def estimate_memory(
 
 
 class _Work(NamedTuple):
-    """A micro-batch: its precision, tokens, positions with logits, and bytes saved in all layers."""
+    """A micro-batch: precision, tokens, positions with logits, and bytes saved in all layers."""
 
     precision: Precision
     num_tokens: int
