@@ -6,6 +6,7 @@ they run in a process of their own with `FLANMOE_CHECK_SHAPES=0` (tests/moe/test
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -34,6 +35,9 @@ if os.environ.get("FLANMOE_CHECK_SHAPES", "1") == "1":
         "flanmoe.evaluation.lm",
     ]
     install_import_hook(checked, "beartype.beartype")
+
+# A shell starts background jobs with Ctrl-C ignored, and children inherit that; tests of Ctrl-C need it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Deadlines measure the machine, not the code; speed lives in benchmarks/.
 settings.register_profile("flanmoe", deadline=None, max_examples=50, derandomize=True)
