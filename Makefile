@@ -14,7 +14,8 @@ INSTALL := $(PIP) install -c constraints.txt
 READY := $(VENV)/installed
 READY_DEV := $(VENV)/installed-dev
 
-# Tests run on one thread each, so that a process a core is the faster way; a file stays in one process, for the
+# Tests run on one thread each, so that a process a core is the faster way (tests/conftest.py counts the cores that are
+# ours); a file stays in one process, for the
 # models and runs that its tests share.
 PARALLEL := -n auto --dist loadfile
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from flanmoe.core.cores import usable_cores
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny models gain nothing from threads; on a busy machine they wait for each other most of the time.
@@ -29,6 +31,7 @@ if os.environ.get("FLANMOE_CHECK_SHAPES", "1") == "1":
         "flanmoe.moe",
         "flanmoe.models",
         "flanmoe.data",
+        "flanmoe.training.cross_entropy",
         "flanmoe.training.router_losses",
         "flanmoe.training.rows",
         "flanmoe.training.trainer",
@@ -42,6 +45,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Deadlines measure the machine, not the code; speed lives in benchmarks/.
 settings.register_profile("flanmoe", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("flanmoe")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Take the cores that this process may use; xdist itself counts those of the whole machine."""
+    return usable_cores()
 
 
 def _free_port() -> int:

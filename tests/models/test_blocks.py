@@ -167,7 +167,6 @@ _FLAGS = {"has_gate": True, "is_transposed": False, "is_concatenated": True, "ha
     [
         (nn.Linear(5, 4), _Experts(**_FLAGS), "has none among its children"),
         (nn.Linear(5, 4), _Experts(), "has no flag `has_gate`, `is_transposed`"),
-        (nn.Linear(5, 4), _Experts(**(_FLAGS | {"has_gate": False})), "has no gate matrix"),
     ],
 )
 def test_unreadable_blocks_are_refused_in_words(

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flanmoe.core.errors import ModelError
-from flanmoe.models.blocks import moe_blocks
+from flanmoe.models.blocks import FusedBlock, moe_blocks
 from flanmoe.moe.block import MoEBlock
-from flanmoe.moe.layer import Experts, ExpertsConfig, SparseFFN, SparseFFNBlock
+from flanmoe.moe.layer import Experts, ExpertsConfig, SparseFFN
 from flanmoe.moe.losses import balance_loss, z_loss
 from flanmoe.moe.recorder import RoutingRecorder
 from flanmoe.moe.routers import (
@@ -295,10 +295,10 @@ class Model(nn.Module):
         return hidden
 
 
-def block_of(kind: str, **experts: Any) -> SparseFFNBlock:
+def block_of(kind: str, **experts: Any) -> FusedBlock:
     holder = nn.ModuleDict({"ffn": sparse_ffn(kind, **experts)})
     (block,) = moe_blocks(holder)
-    assert isinstance(block, SparseFFNBlock)
+    assert isinstance(block, FusedBlock)
     return block
 
 
@@ -341,33 +341,36 @@ def test_the_contract_of_blocks_holds(kind: str) -> None:
 def test_an_expert_reads_as_its_matrices_and_not_as_a_view() -> None:
     block = block_of("top_k")
     weights = block.read_expert(2)
-    fused = block.module.experts.gate_up_proj.detach()[2]
+    fused = block.experts.get_parameter("gate_up_proj").detach()[2]
     assert torch.equal(weights.gate, fused[:WIDTH])
     assert torch.equal(weights.up, fused[WIDTH:])
-    assert torch.equal(weights.down, block.module.experts.down_proj.detach()[2])
+    assert torch.equal(weights.down, block.experts.get_parameter("down_proj").detach()[2])
     weights.gate.zero_()
     assert block.read_expert(2).gate.any()
 
 
 @pytest.mark.parametrize("matrix", ["gate", "up", "down"])
 def test_what_is_written_is_computed(matrix: str) -> None:
-    block, hidden = block_of("top_k"), hidden_states(6)
-    pairs = kept_pairs(block.module.router(hidden))
+    ffn, hidden = sparse_ffn("top_k"), hidden_states(6)
+    (block,) = moe_blocks(nn.ModuleDict({"ffn": ffn}))
+    pairs = kept_pairs(ffn.router(hidden))
     changed = {token for token, expert in pairs if expert == 1}
     assert 0 < len(changed) < 6
-    before = block.module(hidden)
+    before = ffn(hidden)
     weights = block.read_expert(1)
     doubled = 2 * getattr(weights, matrix)
     block.write_expert(1, dataclasses.replace(weights, **{matrix: doubled}))
-    after = block.module(hidden)
+    after = ffn(hidden)
     differs = (after != before).any(dim=1)
     assert {token for token in range(6) if differs[token]} == changed
 
 
-def sparse_block_of_width(width: int) -> SparseFFNBlock:
+def sparse_block_of_width(width: int) -> FusedBlock:
     experts = Experts(ExpertsConfig(num_experts=2, expert_width=width), HIDDEN_SIZE)
     router = SwitchConfig(num_experts=2).build(hidden_size=HIDDEN_SIZE)
-    return SparseFFNBlock.of(SparseFFN(router, experts), name="other", layer=0)
+    (block,) = moe_blocks(nn.ModuleDict({"other": SparseFFN(router, experts)}))
+    assert isinstance(block, FusedBlock)
+    return block
 
 
 def test_what_cannot_be_written_or_read_is_refused() -> None:
@@ -378,14 +381,11 @@ def test_what_cannot_be_written_or_read_is_refused() -> None:
     with pytest.raises(ModelError) as caught:
         block.write_expert(0, sparse_block_of_width(WIDTH + 1).read_expert(0))
     assert str(caught.value) == (
-        "A matrix of an expert of ffn has shape (3, 5), but (4, 5) was given."
+        "An expert of ffn has matrices and biases of shapes [(3, 5), (3, 5), (5, 3)], but [(4, 5), (4, 5), "
+        "(5, 4)] were given. Write an expert that was read from a block of the same shape."
     )
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(ModelError, match=r"\(3,\)\] were given"):
         block.write_expert(0, dataclasses.replace(weights, gate_bias=torch.ones(WIDTH)))
-    assert str(caught.value) == (
-        "Experts of ffn have no biases, but biases were given. Write an expert that was read from "
-        "a block without them."
-    )
     with pytest.raises(ModelError) as caught:
         block_of("top_k", gated=False).read_expert(0)
     assert str(caught.value) == (

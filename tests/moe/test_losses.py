@@ -25,20 +25,10 @@ from flanmoe.moe.losses import (
 )
 from flanmoe.moe.routing import Choices, Routing
 
-# Six tokens, three experts; every value below was computed by hand from these logits.
+# Six tokens, three experts: the worked example of routers/test_worked_example.py.
 LOGITS = torch.tensor(
     [[2, 1, 0], [2, 0, 1], [3, 0, 0], [0, 2, 1], [1, 0, 0.5], [0, 0, 1]], dtype=torch.float32
 )
-LOG_PARTITIONS = [2.407606, 2.407606, 3.094923, 2.407606, 1.680270, 1.551445]
-MEAN_PROBABILITIES = [0.508063, 0.240591, 0.251346]
-PROBABILITIES = [
-    [0.665241, 0.244728, 0.090031],
-    [0.665241, 0.090031, 0.244728],
-    [0.909443, 0.045279, 0.045279],
-    [0.090031, 0.665241, 0.244728],
-    [0.506480, 0.186324, 0.307196],
-    [0.211942, 0.211942, 0.576117],
-]
 
 
 def top_k(logits: torch.Tensor, k: int, **masks: torch.Tensor) -> Routing:
@@ -132,44 +122,6 @@ def probability(routing: Routing, token: int, expert: int) -> float:
 
 def valid_tokens(routing: Routing) -> list[int]:
     return [token for token in range(routing.num_tokens) if routing.valid[token]]
-
-
-def test_probabilities_of_the_worked_example() -> None:
-    torch.testing.assert_close(
-        router_probabilities(LOGITS), torch.tensor(PROBABILITIES), atol=1e-6, rtol=0
-    )
-    torch.testing.assert_close(
-        router_probabilities(LOGITS).mean(dim=0),
-        torch.tensor(MEAN_PROBABILITIES),
-        atol=1e-6,
-        rtol=0,
-    )
-
-
-def test_z_loss_of_the_worked_example() -> None:
-    assert sum(value**2 for value in LOG_PARTITIONS) / 6 == pytest.approx(5.366422, abs=1e-5)
-    assert z_loss(top_k(LOGITS, 1)).item() == pytest.approx(5.366422, abs=1e-5)
-    for token, value in enumerate(LOG_PARTITIONS):
-        alone = top_k(LOGITS[token : token + 1], 1)
-        assert z_loss(alone).item() == pytest.approx(value**2, abs=1e-5)
-
-
-def test_balance_loss_of_the_worked_example_top_1() -> None:
-    routing = top_k(LOGITS, 1)
-    assert routing.expert_counts().tolist() == [4, 1, 1]
-    assert balance_loss(routing).item() == pytest.approx(1.262094, abs=1e-6)
-
-
-def test_balance_loss_of_the_worked_example_top_2() -> None:
-    routing = top_k(LOGITS, 2)
-    assert routing.expert_counts().tolist() == [5, 3, 4]
-    assert balance_loss(routing).item() == pytest.approx(2.133736, abs=1e-6)
-
-
-def test_balance_loss_of_the_worked_example_first_choices() -> None:
-    assert balance_loss(top_k(LOGITS, 2), counting="first").item() == pytest.approx(
-        1.262094, abs=1e-6
-    )
 
 
 @COUNTINGS

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flanmoe.core.errors import ModelError
-from flanmoe.models.blocks import NativeBlock, moe_blocks
+from flanmoe.models.blocks import FusedBlock, moe_blocks
 from flanmoe.moe.block import ExpertWeights
 from flanmoe.testing.contracts import (
     check_counts,
@@ -21,7 +21,7 @@ from flanmoe.testing.tiny_models import tiny_model
 def _block(**changes) -> tuple:
     model = tiny_model("mixtral")
     block = moe_blocks(model)[0]
-    assert isinstance(block, NativeBlock)
+    assert isinstance(block, FusedBlock)
     return model, dataclasses.replace(block, **changes)
 
 
@@ -39,7 +39,7 @@ def test_weights_are_put_back() -> None:
 
 
 def test_a_wrong_width_is_seen() -> None:
-    class Cut(NativeBlock):
+    class Cut(FusedBlock):
         def read_expert(self, index):
             weights = super().read_expert(index)
             return ExpertWeights(weights.gate[:9], weights.up[:9], weights.down[:, :9])
@@ -57,7 +57,7 @@ def test_a_missed_expert_is_seen() -> None:
 
 
 def test_an_expert_that_overwrites_its_neighbour_is_seen() -> None:
-    class Leaky(NativeBlock):
+    class Leaky(FusedBlock):
         def write_expert(self, index, weights):
             super().write_expert(index, weights)
             super().write_expert((index + 1) % self.num_experts, weights)
@@ -80,6 +80,6 @@ def test_experts_that_are_not_the_models_own_are_seen() -> None:
     with pytest.raises(AssertionError, match="the router ran 0 times"):
         check_writing_reaches_the_model(model, foreign)
     own = moe_blocks(model)[0]
-    assert isinstance(own, NativeBlock)
+    assert isinstance(own, FusedBlock)
     with pytest.raises(AssertionError, match="gate has no effect"):
         check_writing_reaches_the_model(model, dataclasses.replace(own, experts=foreign.experts))

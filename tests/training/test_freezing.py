@@ -1,6 +1,7 @@
 """Tuning with frozen parts and expert dropout: what moves, what is saved, what stays afterwards."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,42 +10,19 @@ import torch
 from transformers import PreTrainedModel
 
 from flanmoe.core.errors import ModelError
-from flanmoe.core.rundir import RunDir
-from flanmoe.core.seeds import SeedTree
 from flanmoe.data.example import Packed
 from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.experts_interface import hidden_dropout
 from flanmoe.models.freezing import freeze, what_trains
 from flanmoe.testing.tiny_models import tiny_model
-from flanmoe.training.arguments import TuneConfig
-from flanmoe.training.rows import FixedRows
-from flanmoe.training.tune import TuneResult, tune
+from flanmoe.testing.tuning import tune_rows
+from flanmoe.training.tune import TuneResult
 
 Rows = Callable[..., list[Packed]]
 Weights = dict[str, torch.Tensor]
 
 
-def run(
-    model: PreTrainedModel, rows: list[Packed], folder: Path, *, resume: bool = False, **values: Any
-) -> TuneResult:
-    settings = {
-        "steps": 2,
-        "rows_per_step": 4,
-        "micro_batch_rows": 2,
-        "learning_rate": 1e-2,
-        "schedule": "constant",
-        "precision": "float32",
-        **values,
-    }
-    return tune(
-        model,
-        FixedRows(rows),
-        TuneConfig.parse(settings),
-        run=RunDir(folder),
-        seeds=SeedTree(0),
-        flops_per_token=300.0,
-        resume=resume,
-    )
+run = partial(tune_rows, steps=2, micro_batch_rows=2, learning_rate=1e-2, schedule="constant")
 
 
 def weights(model: PreTrainedModel) -> Weights:

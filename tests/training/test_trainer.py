@@ -18,10 +18,11 @@ from flanmoe.models.blocks import moe_blocks
 from flanmoe.testing.tiny_models import tiny_model
 from flanmoe.training.arguments import TuneConfig, training_arguments
 from flanmoe.training.callbacks.base import StepCallback
+from flanmoe.training.cross_entropy import summed_cross_entropy
 from flanmoe.training.report import StepReport
 from flanmoe.training.router_losses import RouterLossConfig
 from flanmoe.training.rows import FixedRows
-from flanmoe.training.trainer import SparseTrainer, summed_cross_entropy
+from flanmoe.training.trainer import SparseTrainer
 
 Gradients = list[dict[str, torch.Tensor]]
 Runner = Callable[..., Gradients]

@@ -1,8 +1,8 @@
 """The one entry that stages call: its result, its files, its silence, and that weights move."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,29 +10,15 @@ from transformers import PreTrainedModel
 
 from flanmoe.core.errors import ModelError, RunError
 from flanmoe.core.rundir import RunDir
-from flanmoe.core.seeds import SeedTree
 from flanmoe.data.example import Packed
 from flanmoe.testing.tiny_models import tiny_model
-from flanmoe.training.arguments import TuneConfig
-from flanmoe.training.rows import FixedRows
-from flanmoe.training.tune import TuneResult, tune
+from flanmoe.testing.tuning import tune_rows
+from flanmoe.training.tune import TuneResult
 
 Rows = Callable[..., list[Packed]]
 
 
-def run(
-    model: PreTrainedModel, rows: list[Packed], folder: Path, *, resume: bool = False, **values: Any
-) -> TuneResult:
-    settings = {"steps": 4, "rows_per_step": 4, "precision": "float32", **values}
-    return tune(
-        model,
-        FixedRows(rows),
-        TuneConfig.parse(settings),
-        run=RunDir(folder),
-        seeds=SeedTree(0),
-        flops_per_token=300.0,
-        resume=resume,
-    )
+run = partial(tune_rows, steps=4)
 
 
 def test_result_of_a_sparse_model(tmp_path: Path, packed_rows: Rows) -> None:

@@ -8,6 +8,7 @@ random inputs; nothing else in flanmoe looks into foreign sparse modules.
 """
 
 import copy
+import dataclasses
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from flanmoe.core.errors import ModelError
 from flanmoe.core.names import listing
 from flanmoe.moe.block import ExpertWeights, MoEBlock
-from flanmoe.moe.layer import SparseFFN, SparseFFNBlock
+from flanmoe.moe.layer import SparseFFN
+from flanmoe.moe.routers.token_choice import TokenChoiceRouter
 from flanmoe.moe.routing import Routing
 
 _NUM_PROBE_TOKENS = 16
@@ -40,12 +42,14 @@ class ExpertLayout:
 
     Attributes:
         transposed: matrices are stored as (input, output), not as (output, input).
+        gated: there is a gate matrix, fused with the up matrix.
         interleaved: gate and up alternate along the fused axis; otherwise all gate units
             come first.
         biased: every matrix has a bias.
     """
 
     transposed: bool
+    gated: bool
     interleaved: bool
     biased: bool
 
@@ -54,7 +58,7 @@ class ExpertLayout:
         """Read the flags that transformers sets on every experts module of its experts interface.
 
         Raises:
-            ModelError: if the module does not say how its matrices lie, or has no gate matrix.
+            ModelError: if the module does not say how its matrices lie.
         """
         flags = {
             name: getattr(experts, name, None)
@@ -66,21 +70,17 @@ class ExpertLayout:
                 f"flag {listing(name for name, value in flags.items() if value is None)}. flanmoe "
                 "reads models that use transformers' experts interface."
             )
-        if not flags["has_gate"]:
-            raise ModelError(
-                f"Experts need a gate, an up and a down matrix, but {type(experts).__name__} has "
-                "no gate matrix. Use a model with gated experts."
-            )
         return cls(
             transposed=bool(flags["is_transposed"]),
+            gated=bool(flags["has_gate"]),
             interleaved=not flags["is_concatenated"],
             biased=bool(flags["has_bias"]),
         )
 
 
 @dataclass(slots=True)
-class NativeBlock:
-    """A `MoEBlock` over a transformers module with fused experts."""
+class FusedBlock:
+    """A `MoEBlock` over a router and fused experts, those of transformers or ours."""
 
     name: str
     layer: int
@@ -137,16 +137,30 @@ class NativeBlock:
         valid: Bool[Tensor, " T"] | None = None,
         segments: Int[Tensor, " T"] | None = None,
     ) -> Routing:
-        """Read what the router module's forward returned: (logits, gates, expert ids).
+        """Read what the router module's forward returned: a `Routing`, or (logits, gates, expert ids).
 
         Gates are detached: the router losses need the gradient through the logits alone, and an
         operation with a gradient here would save tensors inside a checkpointed region, which the
         recompute then misses.
+
+        Raises:
+            ModelError: if our router was told of other padding than `valid`.
         """
+        if isinstance(returned, Routing):
+            self._require_padding(returned, valid)
+            return dataclasses.replace(returned, gates=returned.gates.detach())
         logits, gates, expert_ids = (tensor.reshape(-1, tensor.shape[-1]) for tensor in returned)
         return Routing.from_top_k(
             logits, expert_ids, gates.detach(), valid=valid, segments=segments
         )
+
+    def _require_padding(self, routing: Routing, valid: Bool[Tensor, " T"] | None) -> None:
+        if valid is not None and not torch.equal(valid, routing.valid):
+            raise ModelError(
+                f"The router of {self.name} must know which tokens are padding, but counted "
+                f"{int(routing.valid.sum())} real tokens where there are {int(valid.sum())}. Pass "
+                "`valid` to the block in the model's forward."
+            )
 
     def _parameter(self, name: str) -> Tensor:
         # Detached: a view of it can be written without autograd noticing, as an optimizer does.
@@ -154,6 +168,11 @@ class NativeBlock:
 
     def _gate_up_views(self, index: int) -> tuple[Tensor, Tensor]:
         self._check_index(index)
+        if not self.layout.gated:
+            raise ModelError(
+                "Experts are read as a gate, an up and a down matrix, but those of "
+                f"{self.name} have no gate matrix."
+            )
         fused = self._parameter("gate_up_proj")[index]
         return self._halves(fused.T if self.layout.transposed else fused)
 
@@ -183,17 +202,18 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
     Works on the meta device too: nothing but shapes and the routers' code is looked at.
 
     Raises:
-        ModelError: if experts are stored in a form that cannot be read as gate, up and down
-            matrices, or no child beside them works as a router.
+        ModelError: if experts do not say how their matrices lie, or no child beside them works as a
+            router.
     """
     blocks: list[MoEBlock] = []
     for name, module in model.named_modules():
         if isinstance(module, SparseFFN):
-            blocks.append(SparseFFNBlock.of(module, name=name, layer=_layer_number(name)))
+            blocks.append(_own_block(name, module))
             continue
         for experts in module.children():
             if _holds_fused_experts(experts):
-                blocks.append(_native_block(name, module, experts))
+                router, kind = _find_router(name, module, experts)
+                blocks.append(_block(name, router, kind, experts))
     return blocks
 
 
@@ -219,30 +239,48 @@ def _holds_fused_experts(module: nn.Module) -> bool:
     )
 
 
-def _native_block(name: str, parent: nn.Module, experts: nn.Module) -> NativeBlock:
+@dataclass(frozen=True, slots=True)
+class _Choosing:
+    """How a router chooses: experts a token, and whether their gates sum to a constant."""
+
+    top_k: int
+    norm_top_k: bool
+
+
+def _block(name: str, router: nn.Module, choosing: _Choosing, experts: nn.Module) -> FusedBlock:
     layout = ExpertLayout.of(experts)
-    down = experts.get_parameter("down_proj")
-    num_experts, hidden_size, width = down.shape
-    if layout.transposed:
-        hidden_size, width = width, hidden_size
-    router, probe = _find_router(name, parent, num_experts, hidden_size)
-    return NativeBlock(
+    num_experts, hidden_size, width = _sizes(experts, layout)
+    return FusedBlock(
         name=name,
         layer=_layer_number(name),
         router=router,
         experts=experts,
         num_experts=num_experts,
-        top_k=probe.gates.shape[1],
+        top_k=choosing.top_k,
         hidden_size=hidden_size,
         expert_width=width,
-        norm_top_k=_sums_are_constant(probe.gates),
+        norm_top_k=choosing.norm_top_k,
         layout=layout,
     )
 
 
-def _find_router(
-    name: str, parent: nn.Module, num_experts: int, hidden_size: int
-) -> tuple[nn.Module, RouterOutput]:
+def _sizes(experts: nn.Module, layout: ExpertLayout) -> tuple[int, int, int]:
+    """Return the number of experts, the hidden size and the width of an expert."""
+    number, first, second = experts.get_parameter("down_proj").shape
+    return (number, second, first) if layout.transposed else (number, first, second)
+
+
+def _own_block(name: str, module: SparseFFN) -> FusedBlock:
+    router = module.router
+    norm_top_k = False
+    if isinstance(router, TokenChoiceRouter):
+        probabilities = torch.tensor([[0.5**choice for choice in range(1, router.top_k + 1)]])
+        norm_top_k = _sums_are_constant(router.gates(torch.cat([probabilities, probabilities / 2])))
+    return _block(name, router, _Choosing(router.top_k, norm_top_k), module.experts)
+
+
+def _find_router(name: str, parent: nn.Module, experts: nn.Module) -> tuple[nn.Module, _Choosing]:
+    num_experts, hidden_size, _ = _sizes(experts, ExpertLayout.of(experts))
     for child in parent.children():
         # One row of weights for each expert is what every learned router has; a plain linear layer
         # (Qwen2-MoE's gate of the shared expert) returns scores alone.
@@ -251,7 +289,7 @@ def _find_router(
             continue
         output = _probe(child, num_experts, hidden_size)
         if output is not None:
-            return child, output
+            return child, _Choosing(output.gates.shape[1], _sums_are_constant(output.gates))
     raise ModelError(
         "A sparse block needs a router that returns (logits, gates, expert ids) for hidden states, "
         f"but {name} ({type(parent).__name__}) has none among its children "

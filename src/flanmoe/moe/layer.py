@@ -5,9 +5,8 @@ Native transformers blocks keep their own modules; this one is for models withou
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,11 +16,9 @@ from torch.nn import functional as F
 
 from flanmoe.core.config import Config
 from flanmoe.core.errors import ModelError
-from flanmoe.moe.block import ExpertWeights
 from flanmoe.moe.experts import FusedExperts, expert_ffn, gated
 from flanmoe.moe.routers.base import Router
-from flanmoe.moe.routers.token_choice import TokenChoiceRouter
-from flanmoe.moe.routing import ForcedRouting, Routing
+from flanmoe.moe.routing import ForcedRouting
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -54,16 +51,22 @@ class ExpertsConfig(Config):
 class Experts(nn.Module):
     """Bias-free expert FFNs, their matrices fused along a first axis.
 
+    They say how their matrices lie in the words of transformers' experts interface.
+
     Args:
         config: counts, sizes, activation.
         hidden_size: width of what goes in and comes out.
     """
 
+    is_transposed = False
+    is_concatenated = True
+    has_bias = False
+
     def __init__(self, config: ExpertsConfig, hidden_size: int) -> None:
         super().__init__()
         self.num_experts = config.num_experts
         self.expert_width = config.expert_width
-        self.gated = config.gated
+        self.has_gate = config.gated
         self.activation = config.activation
         self.dropout = config.dropout
         first = (2 if config.gated else 1) * config.expert_width
@@ -84,7 +87,7 @@ class Experts(nn.Module):
         return FusedExperts(
             gate_up=self.gate_up_proj,
             down=self.down_proj,
-            combine=gated(activation) if self.gated else activation,
+            combine=gated(activation) if self.has_gate else activation,
             hidden_dropout=self.dropout if self.training else 0.0,
         )
 
@@ -154,110 +157,3 @@ def _rows(hidden: Float[Tensor, "*B H"]) -> Int[Tensor, " T"]:
     length = hidden.shape[-2] if hidden.ndim > 1 else 1
     num_tokens = hidden.shape[:-1].numel()
     return torch.arange(num_tokens, device=hidden.device) // max(length, 1)
-
-
-@dataclass(slots=True)
-class SparseFFNBlock:
-    """A `MoEBlock` over a `SparseFFN` with gated experts."""
-
-    name: str
-    layer: int
-    module: SparseFFN
-    router: nn.Module
-    experts: nn.Module
-    num_experts: int
-    top_k: int
-    hidden_size: int
-    expert_width: int
-    norm_top_k: bool
-
-    @classmethod
-    def of(cls, module: SparseFFN, *, name: str, layer: int) -> "SparseFFNBlock":
-        """View a block of a model.
-
-        Args:
-            module: the block.
-            name: its dotted path.
-            layer: number of the transformer layer that holds it.
-        """
-        return cls(
-            name=name,
-            layer=layer,
-            module=module,
-            router=module.router,
-            experts=module.experts,
-            num_experts=module.experts.num_experts,
-            top_k=module.router.top_k,
-            hidden_size=module.experts.down_proj.shape[1],
-            expert_width=module.experts.expert_width,
-            norm_top_k=_gates_sum_to_one(module.router),
-        )
-
-    def read_expert(self, index: int) -> ExpertWeights:
-        """Return copies of one expert's matrices."""
-        gate, up, down = (matrix.clone() for matrix in self._views(index))
-        return ExpertWeights(gate, up, down)
-
-    def write_expert(self, index: int, weights: ExpertWeights) -> None:
-        """Overwrite one expert's matrices in place."""
-        if any(
-            bias is not None for bias in (weights.gate_bias, weights.up_bias, weights.down_bias)
-        ):
-            raise ModelError(
-                f"Experts of {self.name} have no biases, but biases were given. Write an expert "
-                "that was read from a block without them."
-            )
-        pairs = list(zip(self._views(index), (weights.gate, weights.up, weights.down), strict=True))
-        for target, source in pairs:
-            if target.shape != source.shape:
-                raise ModelError(
-                    f"A matrix of an expert of {self.name} has shape {tuple(target.shape)}, but "
-                    f"{tuple(source.shape)} was given."
-                )
-        for target, source in pairs:
-            target.copy_(source)
-
-    def routing(
-        self,
-        returned: Any,
-        *,
-        valid: Bool[Tensor, " T"] | None = None,
-        segments: Int[Tensor, " T"] | None = None,
-    ) -> Routing:
-        """Return what the router returned: it knows padding and examples itself.
-
-        Gates are detached, as those of native blocks are.
-
-        Raises:
-            ModelError: if it was told of other padding than the recording was.
-        """
-        if valid is not None and not torch.equal(valid, returned.valid):
-            raise ModelError(
-                f"The router of {self.name} must know which tokens are padding, but counted "
-                f"{int(returned.valid.sum())} real tokens where there are {int(valid.sum())}. Pass "
-                "`valid` to the block in the model's forward."
-            )
-        return replace(returned, gates=returned.gates.detach())
-
-    def _views(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        if not 0 <= index < self.num_experts:
-            raise ModelError(
-                f"{self.name} has experts 0 to {self.num_experts - 1}, but expert {index} was "
-                "asked for."
-            )
-        if not self.module.experts.gated:
-            raise ModelError(
-                f"Experts are read as a gate, an up and a down matrix, but those of {self.name} "
-                "have no gate matrix."
-            )
-        fused = self.module.experts.gate_up_proj.detach()[index]
-        gate, up = fused[: self.expert_width], fused[self.expert_width :]
-        return gate, up, self.module.experts.down_proj.detach()[index]
-
-
-def _gates_sum_to_one(router: Router) -> bool:
-    """Say whether the gates of a token's choices sum to 1 when none is dropped."""
-    if not isinstance(router, TokenChoiceRouter):
-        return False
-    probabilities = torch.tensor([[0.5**choice for choice in range(1, router.top_k + 1)]])
-    return bool((router.gates(probabilities).sum() - 1).abs() < 1e-6)

@@ -15,9 +15,10 @@ from flanmoe.core.console import say, show_table, warn
 from flanmoe.core.errors import UserError
 from flanmoe.core.rundir import RunDir
 from flanmoe.data.tasks import TaskConfig, expand
-from flanmoe.study.collect import SeedResults, collect
+from flanmoe.study.collect import collect
 from flanmoe.study.executor import COSTS_FILE
 from flanmoe.study.plan import plan_study, plan_table
+from flanmoe.study.records import SeedResults
 from flanmoe.study.report import summary_table, write_report
 from flanmoe.study.report_data import ArmReport, Evaluation, ReportData, Score
 from flanmoe.study.runner import open_study

@@ -107,6 +107,10 @@ class LayerUse:
     def __add__(self, other: "LayerUse") -> "LayerUse":
         return LayerUse(self.asked + other.asked, self.probabilities + other.probabilities)
 
+    def summed(self, over: Callable[[Tensor], Tensor]) -> "LayerUse":
+        """Return the values added up by `over`, a sum over processes."""
+        return LayerUse(over(self.asked), over(self.probabilities))
+
 
 class Scope(ABC):
     """What the balance and the importance loss are taken over.

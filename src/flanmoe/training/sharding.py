@@ -6,10 +6,12 @@ accelerate, which leaves it out on the CPU without a word and computes with weig
 routers included (docs/decisions/0007). The arithmetic is that of training without sharding: weights
 and gradients stay in float32, autocast does the rest.
 
-All functions here but `layers_of` are collective: every process must call them.
+All functions here but `layers_of` and `refuse_other_sharding` are collective: every process must
+call them.
 """
 
 import copy
+import os
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -23,11 +25,28 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
-from flanmoe.core.errors import ModelError
+from flanmoe.core.errors import ConfigError, ModelError
 
 Sharding = Literal["none", "fsdp"]
+
+
+def refuse_other_sharding(args: TrainingArguments) -> None:
+    """Refuse FSDP and DeepSpeed that something else has switched on.
+
+    Raises:
+        ConfigError: if one of them is on.
+    """
+    # What `accelerate launch` sets; on the CPU accelerate itself would leave FSDP out in silence.
+    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    is_launched = any(os.environ.get(name, "").lower() == "true" for name in names)
+    if is_launched or args.fsdp or args.deepspeed:
+        raise ConfigError(
+            "Tuning spreads a model by itself where `sharding: fsdp` is set, but FSDP or DeepSpeed "
+            "is switched on from outside, which is not supported. Launch with torchrun and without "
+            "it."
+        )
 
 
 def sharded_copy(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

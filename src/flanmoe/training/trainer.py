@@ -6,19 +6,15 @@ cross-entropy by the loss tokens, router losses by the real tokens or the exampl
 """
 
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import AutocastKwargs
-from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
@@ -34,7 +30,7 @@ from transformers import (
 from transformers import TrainingArguments as Arguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from flanmoe.core.errors import ConfigError, DataError, FlanmoeError, ModelError
+from flanmoe.core.errors import DataError, FlanmoeError, ModelError
 from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.packing import require_packing_without_leak
 from flanmoe.models.router_precision import run_routers_outside_autocast
@@ -42,12 +38,11 @@ from flanmoe.moe.recorder import RoutingRecorder
 from flanmoe.moe.routing import Routing
 from flanmoe.training import checkpoints
 from flanmoe.training.callbacks.base import StepCallback
+from flanmoe.training.cross_entropy import summed_cross_entropy
 from flanmoe.training.interruption import StopRequest
-from flanmoe.training.report import RouterReport, StepReport
 from flanmoe.training.router_losses import (
     LayerUse,
     RouterLossConfig,
-    RouterLosses,
     router_losses,
     scope_of,
 )
@@ -60,48 +55,15 @@ from flanmoe.training.rows import (
     target_positions,
     valid_tokens,
 )
-from flanmoe.training.sharding import Sharding, full_weights, give_back, sharded_copy, whole
-
-
-@dataclass(slots=True)
-class _Step:
-    """The optimizer step in the making.
-
-    Attributes:
-        totals: what it holds over all processes.
-        num_batches: micro-batches on this process.
-        done: how many of them have been through the model.
-        cross_entropy: sum of what they added to the cross-entropy.
-        losses: the same for the raw router losses; None for a dense model.
-        use: expert use in what they asked for, layer by layer.
-        counts: assignments that each expert got, layer by layer.
-        counted_tokens, counting_seconds: what counting them beforehand took.
-    """
-
-    totals: StepTotals
-    num_batches: int
-    done: int = 0
-    cross_entropy: Tensor | float = 0.0
-    losses: RouterLosses | None = None
-    use: list[LayerUse] = field(default_factory=list[LayerUse])
-    counts: list[Tensor] = field(default_factory=list[Tensor])
-    counted_tokens: int = 0
-    counting_seconds: float = 0.0
-
-    def add(
-        self,
-        cross_entropy: Tensor,
-        losses: RouterLosses | None,
-        layers: Sequence[Routing],
-        use: Sequence[LayerUse],
-    ) -> None:
-        self.done += 1
-        self.cross_entropy = self.cross_entropy + cross_entropy.detach()
-        if losses is not None:
-            losses = losses.detached()
-            self.losses = self.losses + losses if self.losses else losses
-            self.use = _added(self.use, use)
-            self.counts = _added(self.counts, [layer.expert_counts() for layer in layers])
+from flanmoe.training.sharding import (
+    Sharding,
+    full_weights,
+    give_back,
+    refuse_other_sharding,
+    sharded_copy,
+    whole,
+)
+from flanmoe.training.step import Step, added
 
 
 class SparseTrainer(Trainer):
@@ -141,7 +103,7 @@ class SparseTrainer(Trainer):
     ) -> None:
         if args.logging_strategy != "steps" or args.logging_steps != 1:
             raise ValueError("SparseTrainer reports every step: `logging_steps` must be 1.")
-        _refuse_other_sharding(args)
+        refuse_other_sharding(args)
         _require_full_precision(model)
         run_routers_outside_autocast(model)
         if stream.shares_rows:
@@ -169,7 +131,7 @@ class SparseTrainer(Trainer):
         self.keep_checkpoints = keep_checkpoints
         self.stop = stop or StopRequest()
         self._recorder = RoutingRecorder(self.blocks)
-        self._step: _Step | None = None
+        self._step: Step | None = None
         self._rows_trained = 0
         self._stop_agreed = False
 
@@ -242,7 +204,7 @@ class SparseTrainer(Trainer):
                 f"A step needs at least 1 token that enters the loss, but the {totals.rows} rows "
                 f"of step {self.state.global_step + 1} hold 0. Check the responses of the data."
             )
-        self._step = _Step(totals=totals, num_batches=len(batches))
+        self._step = Step(totals=totals, num_batches=len(batches))
         if self.blocks and self.scope.needs_use and num_batches > 1:
             self._count_experts(batches)
         return batches, torch.tensor(totals.loss_tokens, device=device)
@@ -277,8 +239,8 @@ class SparseTrainer(Trainer):
                 moved = cast(Batch, self._prepare_inputs(cast(Any, batch)))
                 no_logits = torch.empty(0, dtype=torch.long, device=device)
                 _, layers = self._forward(model, moved, logits_to_keep=no_logits)
-                use = _added(use, self._use(layers))
-        self.scope.start_step(self._summed_use(use), step.totals)
+                use = added(use, self._use(layers))
+        self._start_scope(use)
         step.counted_tokens = step.totals.tokens
         step.counting_seconds = time.monotonic() - start
 
@@ -286,10 +248,9 @@ class SparseTrainer(Trainer):
         counting = self.router_config.rules.counting
         return [LayerUse.of(layer, counting) for layer in layers]
 
-    def _summed_use(self, use: Sequence[LayerUse]) -> list[LayerUse]:
-        return [
-            LayerUse(self._summed(layer.asked), self._summed(layer.probabilities)) for layer in use
-        ]
+    def _start_scope(self, use: Sequence[LayerUse]) -> None:
+        summed = [layer.summed(self._summed) for layer in use]
+        self.scope.start_step(summed, self._current_step().totals)
 
     def _forward(
         self, model: nn.Module, batch: Batch, *, logits_to_keep: Tensor
@@ -323,7 +284,7 @@ class SparseTrainer(Trainer):
         losses, use = None, self._use(layers)
         if layers:
             if self.scope.needs_use and step.num_batches == 1:
-                self.scope.start_step(self._summed_use(use), step.totals)
+                self._start_scope(use)
             losses = router_losses(layers, scope=self.scope, totals=step.totals)
             loss = loss + losses.total(self.router_config)
         step.add(cross_entropy, losses, layers, use)
@@ -345,16 +306,12 @@ class SparseTrainer(Trainer):
 
     def _add_up(self) -> None:
         step = self._current_step()
-        step.counts = [self._summed(layer) for layer in step.counts]
-        step.cross_entropy = float(self._summed(torch.as_tensor(step.cross_entropy)))
-        step.use = self._summed_use(step.use)
-        if step.losses:
-            step.losses = step.losses.summed(self._summed)
-        self._require_finite("loss", step.cross_entropy)
+        step.sum_over(self._summed)
+        self._require_finite("loss", float(step.cross_entropy))
         self._stop_agreed = bool(self._summed(torch.tensor(int(self.stop.is_set))))
         self.scope.finish_step(step.use, step.totals)
 
-    def _current_step(self) -> _Step:
+    def _current_step(self) -> Step:
         if self._step is None:
             raise RuntimeError("A loss was asked for outside an optimizer step.")
         return self._step
@@ -377,42 +334,18 @@ class SparseTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Tell the callbacks about the step that was made, before a checkpoint is written."""
         if "grad_norm" in logs:
-            report = self._report(logs)
+            report = self._current_step().report(
+                self.state.global_step,
+                self.router_config,
+                learning_rate=logs["learning_rate"],
+                gradient_norm=logs["grad_norm"],
+            )
             logs |= report.metrics()
             for callback in self.step_callbacks:
                 callback.after_step(report)
             if self._stop_agreed:
                 self.control.should_save = self.control.should_training_stop = True
         super().log(logs, start_time)
-
-    def _report(self, logs: dict[str, float]) -> StepReport:
-        step = self._current_step()
-        cross_entropy = float(step.cross_entropy)
-        router = self._router_report(step)
-        weighted = sum(router.weighted.values()) if router else 0.0
-        return StepReport(
-            step=self.state.global_step,
-            totals=step.totals,
-            cross_entropy=cross_entropy,
-            loss=cross_entropy + weighted,
-            learning_rate=logs["learning_rate"],
-            gradient_norm=logs["grad_norm"],
-            router=router,
-            counted_tokens=step.counted_tokens,
-            counting_seconds=step.counting_seconds,
-        )
-
-    def _router_report(self, step: _Step) -> RouterReport | None:
-        if step.losses is None:
-            return None
-        raw = {name: float(value) for name, value in step.losses.raw(self.router_config).items()}
-        weights = self.router_config.weights._asdict()
-        return RouterReport(
-            balance_per_layer=tuple(step.losses.balance.tolist()),
-            raw=raw,
-            weighted={name: weights[name] * value for name, value in raw.items()},
-            counts=tuple(counts.cpu() for counts in step.counts),
-        )
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Return 0: the ledger counts FLOPs, of active parameters only."""
@@ -499,18 +432,6 @@ class SparseTrainer(Trainer):
             callback.load_state_dict(state.callbacks[callback.name])
 
 
-def _refuse_other_sharding(args: Arguments) -> None:
-    # What `accelerate launch` sets; on the CPU accelerate itself would leave FSDP out in silence.
-    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    is_launched = any(os.environ.get(name, "").lower() == "true" for name in names)
-    if is_launched or args.fsdp or args.deepspeed:
-        raise ConfigError(
-            "Tuning spreads a model by itself where `sharding: fsdp` is set, but FSDP or DeepSpeed "
-            "is switched on from outside, which is not supported. Launch with torchrun and without "
-            "it."
-        )
-
-
 def _require_full_precision(model: nn.Module) -> None:
     trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
     small = {str(value.dtype).rpartition(".")[2] for value in trained if value.itemsize < 4}
@@ -532,19 +453,3 @@ class _Start(TrainerCallback):
         self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer.start_callbacks(state.global_step)
-
-
-def summed_cross_entropy(logits: Float[Tensor, "B K V"], targets: Tensor) -> Float[Tensor, ""]:
-    """Return the sum of -log p(target) in nats, in float32 or better; targets of -100 count 0."""
-    raised = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(raised.flatten(0, 1), targets.flatten(), reduction="sum")
-
-
-_T = TypeVar("_T", Tensor, LayerUse)
-
-
-def _added(total: Sequence[_T], layers: Sequence[_T]) -> list[_T]:
-    """Add layer by layer to what there is, if there is anything."""
-    if not total:
-        return list(layers)
-    return [old + new for old, new in zip(total, layers, strict=True)]

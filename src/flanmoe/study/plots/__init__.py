@@ -1,0 +1,24 @@
+"""The figures of a report as SVG strings, one file each.
+
+Each is drawn with matplotlib without global state, and is the same for the same data on every run.
+"""
+
+from flanmoe.study.plots.differences import paired_differences
+from flanmoe.study.plots.expert_load import expert_load
+from flanmoe.study.plots.figure import Drawing as Drawing
+from flanmoe.study.plots.loss_curves import loss_curves
+from flanmoe.study.plots.memory import memory
+from flanmoe.study.plots.scores import scores
+from flanmoe.study.report_data import ReportData
+
+
+def drawings(data: ReportData) -> tuple[Drawing, ...]:
+    """Draw every figure that the data has something for, in the order in which they are shown."""
+    drawn = (
+        loss_curves(data),
+        scores(data),
+        paired_differences(data),
+        memory(data),
+        *(expert_load(data, number) for number in range(len(data.arms))),
+    )
+    return tuple(drawing for drawing in drawn if drawing is not None)
