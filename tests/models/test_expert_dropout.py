@@ -9,7 +9,8 @@ from torch import nn
 from flanmoe.core.errors import ConfigError, ModelError
 from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.expert_dropout import check_expert_dropout, expert_dropout, set_expert_dropout
-from flanmoe.models.experts_interface import fused_experts, hidden_dropout
+from flanmoe.models.experts_interface import fused_experts
+from flanmoe.moe.experts import hidden_dropout
 from flanmoe.moe.layer import Experts, ExpertsConfig, SparseFFN
 from flanmoe.moe.routers import parse_router
 from flanmoe.testing.tiny_models import DENSE_NAMES, SPARSE_NAMES, tiny_model
@@ -192,4 +193,4 @@ def test_our_own_block_drops_at_the_rate_that_is_set() -> None:
             dropped = block(hidden)
         assert not torch.allclose(dropped, block.eval()(hidden))
         assert torch.equal(block(hidden), block(hidden))
-    assert block.experts.dropout == 0.1
+    assert hidden_dropout(block.experts) == 0.1

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from flanmoe.moe.losses import (
     CONVENTIONS,
-    Convention,
     ConventionName,
     Counting,
     balance_loss,
@@ -413,19 +412,6 @@ def test_a_batch_of_padding_alone_adds_nothing() -> None:
 
 
 # Research note 01, sections 6.5 and 6.6.
-@pytest.mark.parametrize(
-    ("name", "convention"),
-    [
-        ("t5x", Convention(counting="any", layers="mean", z_times_balance=False)),
-        ("mesh_tf", Convention(counting="first", layers="sum", z_times_balance=True)),
-        ("huggingface", Convention(counting="any", layers="mean", z_times_balance=False)),
-    ],
-)
-def test_the_table_of_conventions(name: ConventionName, convention: Convention) -> None:
-    assert CONVENTIONS[name] == convention
-    assert len(CONVENTIONS) == 3
-
-
 def weighted(
     layers: list[Routing], name: ConventionName, *, balance: float, z: float
 ) -> torch.Tensor:

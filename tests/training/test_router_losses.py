@@ -24,6 +24,7 @@ from flanmoe.training.router_losses import (
     GlobalScope,
     LaggedScope,
     LayerUse,
+    LossWeights,
     MicroBatchScope,
     RouterLossConfig,
     SequenceScope,
@@ -32,12 +33,16 @@ from flanmoe.training.router_losses import (
 )
 from flanmoe.training.rows import StepTotals
 
+ON = LossWeights(1.0, 1.0, 1.0)
+
 
 def routing(num_tokens: int, num_experts: int, k: int, *, seed: int) -> Routing:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(num_tokens, num_experts, generator=generator, dtype=torch.float64)
     gates, expert_ids = logits.softmax(dim=1).topk(k)
     valid = torch.rand(num_tokens, generator=generator) < 0.8
+    # A step without a real token has no loss; the trainer refuses it.
+    valid[0] = True
     segments = torch.arange(num_tokens) // 3
     return Routing.from_top_k(logits, expert_ids, gates, valid=valid, segments=segments)
 
@@ -160,8 +165,7 @@ def test_lagged_sets_the_last_use_against_the_new_probabilities(parts: list[Rout
     scope = LaggedScope([num_experts], [1])
     # At first: even use, which makes the balance loss k and the importance loss 0 whatever the
     # probabilities.
-    any_valid = any(part.valid.any() for part in parts)
-    assert summed(scope, parts) == pytest.approx(1.0 if any_valid else 0.0, abs=1e-12)
+    assert summed(scope, parts) == pytest.approx(1.0, abs=1e-12)
     assert summed(scope, parts, "importance") == pytest.approx(0.0, abs=1e-12)
     use = [LayerUse.of(part, "any") for part in before]
     scope.finish_step([use[0] + use[1]], totals_of(before))
@@ -180,16 +184,24 @@ def test_lagged_sets_the_last_use_against_the_new_probabilities(parts: list[Rout
 
 @given(parts=steps())
 def test_z_losses_of_micro_batches_add_up(parts: list[Routing]) -> None:
-    totals = totals_of(parts)
-    scope = SequenceScope("any")
-    values = [router_losses([part], scope=scope, totals=totals).z.sum() for part in parts]
-    assert (
-        float(sum(values))
-        == pytest.approx(
-            float(z_loss(joined(parts), num_tokens=max(totals.real_tokens, 1))), abs=1e-12
-        )
-        or totals.real_tokens == 0
-    )
+    totals, scope = totals_of(parts), SequenceScope("any")
+    losses = [router_losses([part], scope=scope, totals=totals, weights=ON) for part in parts]
+    found = float(sum(loss.z.sum() for loss in losses))
+    assert found == pytest.approx(float(z_loss(joined(parts))), abs=1e-12)
+
+
+def test_a_loss_with_weight_0_is_a_reading_without_a_gradient() -> None:
+    part = routing(6, 4, 2, seed=1)
+    part.logits.requires_grad_()
+    scope, totals = MicroBatchScope("any"), totals_of([part])
+    off = router_losses([part], scope=scope, totals=totals, weights=LossWeights(1.0, 0.0, 0.0))
+    on = router_losses([part], scope=scope, totals=totals, weights=ON)
+    assert [value.requires_grad for value in (off.balance, off.importance, off.z)] == [
+        True,
+        False,
+        False,
+    ]
+    assert (off.importance, off.z) == (on.importance, on.z)
 
 
 def test_collapse_onto_different_experts_in_each_layer_is_seen() -> None:
@@ -201,7 +213,7 @@ def test_collapse_onto_different_experts_in_each_layer_is_seen() -> None:
         gates, expert_ids = logits.softmax(dim=1).topk(1)
         layers.append(Routing.from_top_k(logits, expert_ids, gates))
     totals = StepTotals(1, 1, 1, 8, 0, 8)
-    losses = router_losses(layers, scope=MicroBatchScope("any"), totals=totals)
+    losses = router_losses(layers, scope=MicroBatchScope("any"), totals=totals, weights=ON)
     assert losses.balance.tolist() == pytest.approx([4.0] * 4)
     config = RouterLossConfig(balance_coefficient=0.5, z_coefficient=0.0)
     assert float(losses.total(config)) == pytest.approx(2.0)
@@ -225,7 +237,9 @@ def test_a_convention_says_what_a_coefficient_multiplies(
             "scope": "micro_batch",
         }
     )
-    losses = router_losses(layers, scope=scope_of(config, []), totals=totals)
+    losses = router_losses(
+        layers, scope=scope_of(config, []), totals=totals, weights=config.weights
+    )
     counting: Counting = "first" if convention == "mesh_tf" else "any"
     expected = sum(
         0.3 * float(balance_loss(layer, counting=counting))
@@ -261,6 +275,7 @@ def test_scopes_by_name(name: str, kind: type) -> None:
     scope = scope_of(RouterLossConfig.parse({"scope": name}), blocks)
     assert type(scope) is kind
     assert scope.needs_use == (name == "global")
+    assert scope.keeps_use == (name == "lagged")
     off = RouterLossConfig.parse({"scope": name, "balance_coefficient": 0})
     assert type(scope_of(off, blocks)) is MicroBatchScope
     importance = RouterLossConfig.parse(

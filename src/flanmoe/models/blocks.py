@@ -148,7 +148,11 @@ class FusedBlock:
         """
         if isinstance(returned, Routing):
             self._require_padding(returned, valid)
-            return dataclasses.replace(returned, gates=returned.gates.detach())
+            return dataclasses.replace(
+                returned,
+                gates=returned.gates.detach(),
+                segments=returned.segments if segments is None else segments,
+            )
         logits, gates, expert_ids = (tensor.reshape(-1, tensor.shape[-1]) for tensor in returned)
         return Routing.from_top_k(
             logits, expert_ids, gates.detach(), valid=valid, segments=segments

@@ -12,13 +12,9 @@ from torch import nn
 
 from flanmoe.core.errors import ConfigError, ModelError
 from flanmoe.models.blocks import moe_blocks
-from flanmoe.models.experts_interface import (
-    EXPERTS_IMPLEMENTATION,
-    HIDDEN_DROPOUT,
-    experts_implementation,
-    hidden_dropout,
-)
+from flanmoe.models.experts_interface import EXPERTS_IMPLEMENTATION, experts_implementation
 from flanmoe.moe.block import MoEBlock
+from flanmoe.moe.experts import hidden_dropout, set_hidden_dropout
 from flanmoe.moe.layer import Experts
 
 
@@ -59,7 +55,7 @@ def set_expert_dropout(model: nn.Module, rate: float) -> None:
         for block in blocks:
             _require_own_compute(block)
     for block in blocks:
-        _set(block.experts, rate)
+        set_hidden_dropout(block.experts, rate)
 
 
 @contextmanager
@@ -71,26 +67,17 @@ def expert_dropout(model: nn.Module, rate: float | None) -> Generator[None]:
     Raises:
         ConfigError, ModelError: as `set_expert_dropout` does.
     """
+    if rate is None:
+        yield
+        return
     experts = [block.experts for block in moe_blocks(model)]
-    before = [_rate(module) for module in experts]
-    if rate is not None:
-        set_expert_dropout(model, rate)
+    before = [hidden_dropout(module) for module in experts]
+    set_expert_dropout(model, rate)
     try:
         yield
     finally:
         for module, value in zip(experts, before, strict=True):
-            _set(module, value)
-
-
-def _rate(experts: nn.Module) -> float:
-    return experts.dropout if isinstance(experts, Experts) else hidden_dropout(experts)
-
-
-def _set(experts: nn.Module, rate: float) -> None:
-    if isinstance(experts, Experts):
-        experts.dropout = rate
-    else:
-        setattr(experts, HIDDEN_DROPOUT, rate)
+            set_hidden_dropout(module, value)
 
 
 def _require_own_compute(block: MoEBlock) -> None:

@@ -11,19 +11,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from flanmoe.moe.experts import FusedExperts, expert_ffn
+from flanmoe.moe.experts import FusedExperts, expert_ffn, hidden_dropout
 
 EXPERTS_IMPLEMENTATION = "flanmoe"
-# Attribute of an experts module that holds its rate of expert dropout; see `expert_dropout`.
-HIDDEN_DROPOUT = "flanmoe_hidden_dropout"
 
 
 def fused_experts(module: Any) -> FusedExperts:
     """View a transformers experts module as `FusedExperts`; nothing is copied.
 
     Reads the flags that transformers sets on every such module: transposed storage becomes a view,
-        and an
-    interleaved layout is the business of the module's own gate function.
+    and an interleaved layout is the business of the module's own gate function.
     """
     first = module.gate_up_proj if module.has_gate else module.up_proj
     first_bias = None
@@ -39,11 +36,6 @@ def fused_experts(module: Any) -> FusedExperts:
         output_norm=module.post_expert_norm if module.has_post_expert_norm else None,
         hidden_dropout=hidden_dropout(module) if module.training else 0.0,
     )
-
-
-def hidden_dropout(module: Any) -> float:
-    """Return the rate of expert dropout that an experts module trains with, 0 if none was set."""
-    return getattr(module, HIDDEN_DROPOUT, 0.0)
 
 
 def experts_implementation(module: Any) -> str:

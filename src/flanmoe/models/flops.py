@@ -13,6 +13,9 @@ from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.meta import as_model, head_weight
 from flanmoe.moe.block import MoEBlock
 
+# Context that the FLOPs of a model are stated at where no tuning says another.
+STATED_CONTEXT_LENGTH = 1024
+
 
 class FlopCount(Config):
     """Operations of one token, forward.

@@ -55,13 +55,16 @@ class TrainedPart(Config):
             blocks; `embeddings` holds the head too; `other` is norms, dense FFNs and what is left.
         parameters: numbers in it.
         trained: those of them that the optimizer changes.
-        share: `trained` over `parameters`.
     """
 
     part: Part
     parameters: int
     trained: int
-    share: float
+
+    @property
+    def share(self) -> float:
+        """`trained` over `parameters`."""
+        return self.trained / self.parameters
 
 
 class WhatTrains(Config):
@@ -93,12 +96,13 @@ def freeze(model: PreTrainedModel, presets: Sequence[FreezePreset]) -> None:
         ModelError: if a preset matches no parameter, if the model is dense and a preset is about
             sparse blocks, or if nothing is left to train. The model is then as it was.
     """
+    if not presets:
+        return
     members = _members(model)
     for preset in presets:
-        _require_match(model, preset, members[preset])
+        _require_match(model, preset, members)
     chosen: set[int] = set().union(*(members[preset] for preset in presets))
-    if presets:
-        _require_rest(model, presets, chosen)
+    _require_rest(model, presets, chosen)
     for parameter in model.parameters():
         if id(parameter) in chosen:
             parameter.requires_grad_(False)
@@ -140,10 +144,7 @@ def what_trains(model: PreTrainedModel) -> WhatTrains:
         parameters = sum(parameter.numel() for parameter in own)
         trained = sum(parameter.numel() for parameter in own if parameter.requires_grad)
         if parameters:
-            share = trained / parameters
-            found.append(
-                TrainedPart(part=part, parameters=parameters, trained=trained, share=share)
-            )
+            found.append(TrainedPart(part=part, parameters=parameters, trained=trained))
     return WhatTrains(parts=tuple(found))
 
 
@@ -221,15 +222,17 @@ def _identities(modules: Iterable[nn.Module]) -> set[int]:
     return {id(parameter) for module in modules for parameter in module.parameters()}
 
 
-def _require_match(model: nn.Module, preset: FreezePreset, members: set[int]) -> None:
+def _require_match(
+    model: nn.Module, preset: FreezePreset, members: dict[FreezePreset, set[int]]
+) -> None:
     name = type(model).__name__
-    if preset in _ABOUT_SPARSE_BLOCKS and not moe_blocks(model):
+    if preset in _ABOUT_SPARSE_BLOCKS and not members["gate"]:
         raise ModelError(
             f"`freeze: {preset}` needs a sparse model, but {name} is dense: it has no module with "
             f"a router and experts. Leave `{preset}` out, or make the model sparse first with "
             "`flanmoe upcycle`."
         )
-    if not members:
+    if not members[preset]:
         total = len(_identities([model]))
         raise ModelError(
             f"`freeze: {preset}` must match at least 1 of the {total} weights of {name}, but "

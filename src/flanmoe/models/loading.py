@@ -27,6 +27,8 @@ from flanmoe.models.embedded import EMBEDDED_NAME, embedded_model_path
 from flanmoe.models.experts_interface import EXPERTS_IMPLEMENTATION
 from flanmoe.models.router_precision import run_routers_outside_autocast
 
+# A folder without it is no model, so whoever saves one writes it last.
+MODEL_MARKER = "config.json"
 # What transformers and safetensors raise for files that are missing, torn, foreign or unreachable.
 _LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 
@@ -42,9 +44,9 @@ def resolve_reference(reference: str) -> str:
         return str(embedded_model_path())
     path = Path(reference)
     if path.is_dir():
-        if not (path / "config.json").exists():
+        if not (path / MODEL_MARKER).exists():
             raise ModelError(
-                f"A model folder must hold a config.json, but {reference} has none. Name a folder "
+                f"A model folder must hold a {MODEL_MARKER}, but {reference} has none. Name a folder "
                 "that `save_pretrained` or flanmoe wrote."
             )
         return reference

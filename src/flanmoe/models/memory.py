@@ -27,6 +27,7 @@ from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.flops import attention_widths
 from flanmoe.models.meta import as_model, embedding_weight, head_weight
 from flanmoe.moe.block import MoEBlock
+from flanmoe.moe.experts import ROW_MULTIPLE
 
 Precision = Literal["bfloat16", "float32"]
 Optimizer = Literal["adamw", "sgd"]
@@ -42,9 +43,6 @@ RUNTIME_BYTES = 700 * 2**20
 # block mapped by itself (MALLOC_MMAP_THRESHOLD_=262144) there were none, and a step took a fifth
 # longer.
 _HEAP_HOLES = 0.25
-# Rows of an expert are rounded up to a multiple of this for bfloat16 products on the CPU
-# (`flanmoe.moe.experts`), which adds half of it to each expert.
-_ROW_MULTIPLE = 32
 
 _OPTIMIZER_BYTES: dict[Optimizer, int] = {"adamw": 8, "sgd": 0}
 _FLOAT32 = 4
@@ -252,7 +250,7 @@ def _rounding_bytes(model: PreTrainedModel, precision: Precision) -> int:
     if precision != "bfloat16":
         return 0
     return sum(
-        block.num_experts * (_ROW_MULTIPLE // 2) * _visit_bytes(block, _COMPUTE_BYTES[precision])
+        block.num_experts * (ROW_MULTIPLE // 2) * _visit_bytes(block, _COMPUTE_BYTES[precision])
         for block in moe_blocks(model)
     )
 

@@ -6,16 +6,14 @@ example read the ones before it, without a word; so do recurrent layers, which c
 row. No list of model types is kept (DESIGN 5.1): one short row shows it.
 """
 
-from collections.abc import Generator
-from contextlib import contextmanager
-
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from flanmoe.core.errors import ModelError
 from flanmoe.models.meta import embedding_weight
+from flanmoe.models.modes import evaluating
 
 # Two rows of two examples each. In a sparse model other tokens make other batches for the experts,
 # which rounds differently; where two experts tie, rounding can choose the other one. That happens in
@@ -56,7 +54,7 @@ def _logits_of_second_example(
     tokens = _tokens(table.shape[0]).to(table.device)
     positions = torch.arange(_NUM_TOKENS, device=table.device).repeat(_NUM_ROWS, 2)
     neighbour, other, second = tokens.split(_NUM_TOKENS, dim=1)
-    with _evaluating(model):
+    with evaluating(model):
         before, after = (
             model(
                 input_ids=torch.cat([first, second], dim=1),
@@ -71,14 +69,3 @@ def _logits_of_second_example(
 def _tokens(vocabulary_size: int) -> Int[Tensor, "B L"]:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocabulary_size, (_NUM_ROWS, 3 * _NUM_TOKENS), generator=generator)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

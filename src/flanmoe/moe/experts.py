@@ -11,11 +11,13 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 # Rows of an expert are rounded up to a multiple of this where kernels are compiled for each shape.
-_ROW_MULTIPLE = 32
+ROW_MULTIPLE = 32
+# Attribute of an experts module that holds its rate of expert dropout.
+_HIDDEN_DROPOUT = "flanmoe_hidden_dropout"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,16 @@ class FusedExperts:
         return self.gate_up.shape[0]
 
 
+def hidden_dropout(experts: nn.Module) -> float:
+    """Return the rate of expert dropout that an experts module trains with, 0 if none was set."""
+    return getattr(experts, _HIDDEN_DROPOUT, 0.0)
+
+
+def set_hidden_dropout(experts: nn.Module, rate: float) -> None:
+    """Set the rate of expert dropout that an experts module, ours or not, trains with."""
+    setattr(experts, _HIDDEN_DROPOUT, rate)
+
+
 class SingleExpert(NamedTuple):
     """Views of one expert's matrices and biases."""
 
@@ -60,8 +72,7 @@ class SingleExpert(NamedTuple):
 
 
 def gated(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return `activation(gate) * up` for products whose first half is the gate (SwiGLU and its
-    kin)."""
+    """Return `activation(gate) * up` for products whose first half is the gate (SwiGLU and its kin)."""
 
     def combine(product: Tensor) -> Tensor:
         gate, up = product.chunk(2, dim=-1)
@@ -80,8 +91,7 @@ def expert_ffn(
 
     Assignments are sorted by expert, so that each expert that is used does one product over its own
     tokens. Gates enter and choices are added in float32 (float64 stays float64), always in the
-    order of
-    the choices: the result does not depend on how threads happen to run.
+    order of the choices: the result does not depend on how threads happen to run.
     """
     num_tokens, top_k = expert_ids.shape
     flat_ids = expert_ids.reshape(-1)
@@ -111,8 +121,8 @@ def _run_sorted(
         if counts[expert] == 0:
             continue
         own = rows[start : start + counts[expert]]
-        if round_up and counts[expert] > _ROW_MULTIPLE:
-            own = F.pad(own, (0, 0, 0, -counts[expert] % _ROW_MULTIPLE))
+        if round_up and counts[expert] > ROW_MULTIPLE:
+            own = F.pad(own, (0, 0, 0, -counts[expert] % ROW_MULTIPLE))
         parts.append(_one_expert(own, single, experts)[: counts[expert]])
         start += counts[expert]
     if start < rows.shape[0] or not parts:
@@ -124,10 +134,8 @@ def _compiles_per_shape(rows: Float[Tensor, "N H"]) -> bool:
     """Say whether products run in oneDNN, as bfloat16 ones do on the CPU.
 
     It compiles a kernel for every number of rows that it meets and keeps the last thousand. Experts
-    meet a
-    new number almost every time, so rows are rounded up there: measured on SmolLM2's size, a third
-        less
-    time and half a gigabyte less memory.
+    meet a new number almost every time, so rows are rounded up there: measured on SmolLM2's size, a
+    third less time and half a gigabyte less memory.
     """
     if rows.device.type != "cpu":
         return False
@@ -140,8 +148,7 @@ def _unbound(experts: FusedExperts) -> list[SingleExpert]:
     """Return views of every expert's matrices.
 
     One unbind for each parameter: indexing it inside autograd would allocate a gradient of its full
-        size
-    for every expert.
+    size for every expert.
     """
     none = (None,) * experts.num_experts
     return [

@@ -16,7 +16,13 @@ from torch.nn import functional as F
 
 from flanmoe.core.config import Config
 from flanmoe.core.errors import ModelError
-from flanmoe.moe.experts import FusedExperts, expert_ffn, gated
+from flanmoe.moe.experts import (
+    FusedExperts,
+    expert_ffn,
+    gated,
+    hidden_dropout,
+    set_hidden_dropout,
+)
 from flanmoe.moe.routers.base import Router
 from flanmoe.moe.routing import ForcedRouting
 
@@ -68,7 +74,7 @@ class Experts(nn.Module):
         self.expert_width = config.expert_width
         self.has_gate = config.gated
         self.activation = config.activation
-        self.dropout = config.dropout
+        set_hidden_dropout(self, config.dropout)
         first = (2 if config.gated else 1) * config.expert_width
         self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, first, hidden_size))
         self.down_proj = nn.Parameter(
@@ -88,7 +94,7 @@ class Experts(nn.Module):
             gate_up=self.gate_up_proj,
             down=self.down_proj,
             combine=gated(activation) if self.has_gate else activation,
-            hidden_dropout=self.dropout if self.training else 0.0,
+            hidden_dropout=hidden_dropout(self) if self.training else 0.0,
         )
 
     def forward(

@@ -64,7 +64,9 @@ def router_probabilities(logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
 
 def asked_counts(routing: Routing, *, counting: Counting = "any") -> Int[Tensor, " E"]:
     """Return how many tokens asked for each expert, dropped or not."""
-    _, expert_ids = routing.asked_pairs(first_only=counting == "first")
+    width = 1 if counting == "first" else routing.choices.expert_ids.shape[1]
+    asked = routing.choices.asked[:, :width]
+    expert_ids = routing.choices.expert_ids[:, :width][asked]
     return torch.bincount(expert_ids, minlength=routing.num_experts)
 
 

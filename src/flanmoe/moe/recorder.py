@@ -64,11 +64,7 @@ class RoutingRecorder:
                 )
             if needs_gradient and not torch.is_grad_enabled():
                 raise ModelError(_without_gradient(block.name))
-            routing = block.routing(returned, valid=valid, segments=segments)
-            require_finite_logits(
-                routing.logits, routing.valid, router=f"the router of {block.name}"
-            )
-            recorded[index] = routing
+            recorded[index] = block.routing(returned, valid=valid, segments=segments)
             layers[:] = [recorded[position] for position in sorted(recorded)]
 
         with ExitStack() as hooks:
@@ -77,6 +73,10 @@ class RoutingRecorder:
                 hooks.callback(hook.remove)
             yield layers
         self._check_complete(recorded)
+        # After the pass, so that no layer waits for the one before it to be read.
+        for index, routing in recorded.items():
+            name = f"the router of {self.blocks[index].name}"
+            require_finite_logits(routing.logits, routing.valid, router=name)
 
     def _check_complete(self, recorded: Mapping[int, Routing]) -> None:
         missing = [block.name for index, block in enumerate(self.blocks) if index not in recorded]

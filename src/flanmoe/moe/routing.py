@@ -128,10 +128,9 @@ class Routing:
         if segments is None:
             segments = torch.zeros(num_tokens, dtype=torch.long, device=logits.device)
         asked = valid.unsqueeze(1).expand(-1, top_k)
-        kept = asked.reshape(-1)
-        token_ids = torch.arange(num_tokens, device=logits.device).repeat_interleave(top_k)
+        kept = asked.reshape(-1).nonzero()[:, 0]
         return cls(
-            token_ids=token_ids[kept],
+            token_ids=kept // top_k,
             expert_ids=expert_ids.reshape(-1)[kept],
             gates=gates.reshape(-1)[kept],
             logits=logits,
@@ -165,21 +164,27 @@ class Routing:
         S is the largest number of experts that any token has. A slot without an assignment holds
         the expert id E, which expert compute reads as "no expert", and the gate 0.
         """
-        order = self.token_ids.argsort(stable=True)
-        token_ids = self.token_ids[order]
-        counts = torch.bincount(token_ids, minlength=self.num_tokens)
-        starts = counts.cumsum(0) - counts
-        positions = torch.arange(len(order), device=order.device) - starts[token_ids]
-        shape = (self.num_tokens, int(counts.max()) if self.num_tokens else 0)
-        expert_ids = self.expert_ids.new_full(shape, self.num_experts)
-        expert_ids[token_ids, positions] = self.expert_ids[order]
-        gates = self.gates.new_zeros(shape).index_put((token_ids, positions), self.gates[order])
-        return expert_ids, gates
+        positions = places(self.token_ids)
+        width = int(positions.max()) + 1 if len(positions) else 0
+        expert_ids = self.expert_ids.new_full((self.num_tokens, width), self.num_experts)
+        expert_ids[self.token_ids, positions] = self.expert_ids
+        gates = self.gates.new_zeros(expert_ids.shape)
+        return expert_ids, gates.index_put((self.token_ids, positions), self.gates)
 
 
 def numbered(values: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
     """Number the values that occur from 0 without gaps."""
     return torch.unique(values, return_inverse=True)[1]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
+def places(cells: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
+    """Return for each entry how many earlier entries have the same value."""
+    order = cells.argsort(stable=True)
+    counts = torch.bincount(cells)
+    starts = counts.cumsum(0) - counts
+    found = torch.empty_like(order)
+    found[order] = torch.arange(len(order), device=order.device) - starts[cells[order]]
+    return found
 
 
 def require_finite_logits(

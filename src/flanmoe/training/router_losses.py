@@ -101,7 +101,8 @@ class LayerUse:
     @classmethod
     def of(cls, routing: Routing, counting: Counting) -> "LayerUse":
         """Count one layer's routing."""
-        sums = probability_sums(routing).detach().double()
+        with torch.no_grad():
+            sums = probability_sums(routing).double()
         return cls(asked_counts(routing, counting=counting), sums)
 
     def __add__(self, other: "LayerUse") -> "LayerUse":
@@ -117,9 +118,11 @@ class Scope(ABC):
 
     Attributes:
         needs_use: whether the expert use of a whole step must be known before its first loss.
+        keeps_use: whether that of a finished step must be known for the next one.
     """
 
     needs_use = False
+    keeps_use = False
 
     def start_step(  # noqa: B027 - most scopes need not do anything
         self, use: Sequence[LayerUse], totals: StepTotals
@@ -137,7 +140,7 @@ class Scope(ABC):
     def finish_step(  # noqa: B027
         self, use: Sequence[LayerUse], totals: StepTotals
     ) -> None:
-        """Take the expert use of the step that ends."""
+        """Take the expert use of the step that ends, where `keeps_use` is set."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next step depends on, as plain JSON types."""
@@ -240,6 +243,8 @@ class LaggedScope(_FixedUseScope):
             loss counts.
     """
 
+    keeps_use = True
+
     def __init__(self, num_experts: Sequence[int], num_choices: Sequence[int]) -> None:
         super().__init__()
         self._take(
@@ -295,7 +300,9 @@ def scope_of(config: RouterLossConfig, blocks: Sequence[MoEBlock]) -> Scope:
         case "global":
             return GlobalScope()
         case "lagged":
-            choices = [block.top_k if counting == "any" else 1 for block in blocks]
+            choices = [
+                min(block.top_k, 1) if counting == "first" else block.top_k for block in blocks
+            ]
             return LaggedScope([block.num_experts for block in blocks], choices)
 
 
@@ -335,17 +342,28 @@ class RouterLosses:
         return RouterLosses(**{name: values(name) for name in LossWeights._fields})
 
 
-def router_losses(layers: Sequence[Routing], *, scope: Scope, totals: StepTotals) -> RouterLosses:
+def router_losses(
+    layers: Sequence[Routing], *, scope: Scope, totals: StepTotals, weights: LossWeights
+) -> RouterLosses:
     """Return what a micro-batch adds to the router losses of its step, layer by layer.
 
     Args:
         layers: what the routers decided for the micro-batch; at least one layer.
         scope: what balance and importance are taken over.
         totals: what the whole step holds.
+        weights: a loss with weight 0 is a reading, which carries no gradient.
     """
-    numbered = list(enumerate(layers))
+
+    def z(layer: int, routing: Routing, totals: StepTotals) -> Float[Tensor, ""]:
+        return z_loss(routing, num_tokens=totals.real_tokens)
+
+    def of_layers(loss: Callable[..., Tensor], weight: float) -> Float[Tensor, " L"]:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
+            values = [loss(number, routing, totals) for number, routing in enumerate(layers)]
+            return torch.stack(values)
+
     return RouterLosses(
-        balance=torch.stack([scope.balance(n, routing, totals) for n, routing in numbered]),
-        importance=torch.stack([scope.importance(n, routing, totals) for n, routing in numbered]),
-        z=torch.stack([z_loss(routing, num_tokens=totals.real_tokens) for routing in layers]),
+        balance=of_layers(scope.balance, weights.balance),
+        importance=of_layers(scope.importance, weights.importance),
+        z=of_layers(z, weights.z),
     )

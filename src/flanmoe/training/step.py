@@ -23,7 +23,7 @@ class Step:
         done: how many of them have been through the model.
         cross_entropy: sum of what they added to the cross-entropy.
         losses: the same for the raw router losses; None for a dense model.
-        use: expert use in what they asked for, layer by layer.
+        use: expert use in what they asked for, layer by layer, where a scope keeps it.
         counts: assignments that each expert got, layer by layer.
         counted_tokens, counting_seconds: what counting them beforehand took.
     """

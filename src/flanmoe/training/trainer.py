@@ -281,11 +281,16 @@ class SparseTrainer(Trainer):
         outputs, layers = self._forward(model, inputs, logits_to_keep=positions)
         summed = summed_cross_entropy(outputs.logits, inputs["labels"][:, positions + 1])
         loss = cross_entropy = summed / step.totals.loss_tokens
-        losses, use = None, self._use(layers)
+        losses, use = None, list[LayerUse]()
         if layers:
-            if self.scope.needs_use and step.num_batches == 1:
+            starts_scope = self.scope.needs_use and step.num_batches == 1
+            if starts_scope or self.scope.keeps_use:
+                use = self._use(layers)
+            if starts_scope:
                 self._start_scope(use)
-            losses = router_losses(layers, scope=self.scope, totals=step.totals)
+            losses = router_losses(
+                layers, scope=self.scope, totals=step.totals, weights=self.router_config.weights
+            )
             loss = loss + losses.total(self.router_config)
         step.add(cross_entropy, losses, layers, use)
         loss = loss * self.accelerator.num_processes
@@ -309,7 +314,8 @@ class SparseTrainer(Trainer):
         step.sum_over(self._summed)
         self._require_finite("loss", float(step.cross_entropy))
         self._stop_agreed = bool(self._summed(torch.tensor(int(self.stop.is_set))))
-        self.scope.finish_step(step.use, step.totals)
+        if self.scope.keeps_use:
+            self.scope.finish_step(step.use, step.totals)
 
     def _current_step(self) -> Step:
         if self._step is None:

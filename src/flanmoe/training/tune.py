@@ -78,7 +78,7 @@ class TuneResult(Config):
         router_losses: whether router losses entered the loss.
         router_settings: their coefficients and scope; empty for a dense model.
         router_last: their raw and weighted values in the last step; empty for a dense model.
-        trains: how much of each part of the model trained; None where an older version wrote this.
+        trains: how much of each part of the model trained.
     """
 
     ledger: Ledger
@@ -90,7 +90,7 @@ class TuneResult(Config):
     router_losses: bool
     router_settings: dict[str, float | str]
     router_last: dict[str, float]
-    trains: WhatTrains | None = None
+    trains: WhatTrains
 
 
 @dataclass(frozen=True, slots=True)

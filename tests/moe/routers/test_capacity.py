@@ -33,8 +33,8 @@ def share(num_tokens: int, num_experts: int, factor: float, rounding: Rounding) 
 def test_capacities_of_flaxformer_and_mesh_tf(
     num_tokens: int, factor: float, num_experts: int, capacity: int, rounding: Rounding
 ) -> None:
-    config = CapacityConfig(train=factor, rounding=rounding)
-    found = config.capacities(torch.tensor([num_tokens]), num_experts, training=True)
+    config = CapacityConfig(rounding=rounding)
+    found = config.capacities(torch.tensor([num_tokens]), num_experts, factor=factor)
     assert found.tolist() == [capacity]
 
 
@@ -77,20 +77,16 @@ def test_a_factor_with_many_digits_does_not_overflow() -> None:
 
 
 def test_the_minimum_holds_for_every_group_by_itself() -> None:
-    config = CapacityConfig(train=1.0, minimum=3)
-    found = config.capacities(torch.tensor([0, 8, 16, 40]), 4, training=True)
+    config = CapacityConfig(minimum=3)
+    found = config.capacities(torch.tensor([0, 8, 16, 40]), 4, factor=1.0)
     assert found.tolist() == [3, 3, 4, 10]
 
 
 def test_evaluation_has_its_own_factor_and_no_limit_unless_asked() -> None:
-    config = CapacityConfig(train=1.0, evaluation=2.0, minimum=1)
-    assert config.capacities(torch.tensor([8]), 4, training=True).tolist() == [2]
-    assert config.capacities(torch.tensor([8]), 4, training=False).tolist() == [4]
+    config = CapacityConfig(train=1.0, evaluation=2.0)
+    assert (config.factor(training=True), config.factor(training=False)) == (1.0, 2.0)
     default = CapacityConfig()
-    assert default.factor(training=True) == 1.25
-    assert default.factor(training=False) is None
-    with pytest.raises(ValueError, match="There is no capacity without a factor"):
-        default.capacities(torch.tensor([8]), 4, training=False)
+    assert (default.factor(training=True), default.factor(training=False)) == (1.25, None)
 
 
 def test_examples_are_groups_whatever_their_numbers() -> None:

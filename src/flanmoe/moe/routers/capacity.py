@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from flanmoe.core.config import Config
-from flanmoe.moe.routing import numbered
+from flanmoe.moe.routing import numbered, places
 
 Rounding = Literal["nearest", "down", "up"]
 
@@ -76,16 +76,9 @@ class CapacityConfig(Config):
         return positions * num_groups // max(num_tokens, 1)
 
     def capacities(
-        self, num_tokens: Int[Tensor, " G"], num_experts: int, *, training: bool
+        self, num_tokens: Int[Tensor, " G"], num_experts: int, *, factor: float
     ) -> Int[Tensor, " G"]:
-        """Return the capacity of an expert in each group of so many real tokens.
-
-        Raises:
-            ValueError: if the mode has no limit.
-        """
-        factor = self.factor(training=training)
-        if factor is None:
-            raise ValueError("There is no capacity without a factor.")
+        """Return the capacity of an expert in each group of so many real tokens."""
         share = rounded_share(num_tokens, num_experts, factor=factor, rounding=self.rounding)
         return share.clamp(min=self.minimum)
 
@@ -107,16 +100,6 @@ def rounded_share(
 def _ints(values: Int[Tensor, " G"]) -> list[int]:
     numbers: list[int] = values.tolist()  # pyright: ignore
     return numbers
-
-
-def places(cells: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
-    """Return for each entry how many earlier entries have the same value."""
-    order = cells.argsort(stable=True)
-    counts = torch.bincount(cells)
-    starts = counts.cumsum(0) - counts
-    found = torch.empty_like(order)
-    found[order] = torch.arange(len(order), device=order.device) - starts[cells[order]]
-    return found
 
 
 def fitting(

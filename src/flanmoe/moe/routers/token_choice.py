@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
 from torch import Tensor
 
 from flanmoe.core.errors import ModelError
@@ -30,7 +29,7 @@ class TokenChoiceConfig(RouterConfig):
     """
 
     capacity: CapacityConfig = CapacityConfig()
-    order: Literal["natural", "batch_priority"] = Field(default="natural")
+    order: Literal["natural", "batch_priority"] = "natural"
 
     @property
     def looks_ahead(self) -> str | None:
@@ -114,7 +113,8 @@ class TokenChoiceRouter(Router):
 
     def _kept(self, scored: Scored, choices: Choices) -> Bool[Tensor, "T k"]:
         capacity = self.capacity
-        if capacity is None or capacity.factor(training=self.training) is None:
+        factor = capacity.factor(training=self.training) if capacity else None
+        if capacity is None or factor is None:
             return choices.asked
         groups = capacity.groups(scored.segments)
         num_groups = int(groups.max()) + 1 if len(groups) else 0
@@ -123,7 +123,7 @@ class TokenChoiceRouter(Router):
             choices.expert_ids,
             choices.asked,
             groups=groups,
-            capacities=capacity.capacities(num_tokens, self.num_experts, training=self.training),
+            capacities=capacity.capacities(num_tokens, self.num_experts, factor=factor),
             order=self._serving_order(scored.probabilities),
             num_experts=self.num_experts,
         )
