@@ -20,7 +20,7 @@ from flanmoe.core.errors import ConfigError, ModelError
 from flanmoe.core.names import listing
 from flanmoe.core.registry import Registry
 from flanmoe.moe.losses import router_probabilities
-from flanmoe.moe.routing import ForcedRouting, Routing, require_finite_logits
+from flanmoe.moe.routing import ForcedRouting, Routing, places, require_finite_logits
 
 
 class RouterConfig(Config):
@@ -195,7 +195,7 @@ class Router(nn.Module, ABC):
         _require_below(self.num_experts, named, what="experts")
         _require_below(num_tokens, forced.token_ids, what="tokens")
         pairs = forced.token_ids * self.num_experts + forced.expert_ids
-        repeated = len(pairs) - len(set(pairs.tolist()))
+        repeated = int((places(pairs) > 0).sum())
         if repeated:
             raise ModelError(
                 f"A token can be forced to an expert once, but {repeated} of {len(pairs)} forced "
