@@ -15,18 +15,8 @@ from transformers import T5Config
 from flanmoe.cli.main import invoke
 from flanmoe.study import plan
 from flanmoe.study.machine import Machine
-from flanmoe.testing.tiny_models import tiny_model, tiny_tokenizer
 
 Rows = list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny dense model with its tokenizer, saved."""
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def write_study(folder: Path, base: Path, task: Any, **train: Any) -> Path:
@@ -169,6 +159,18 @@ def test_a_mistaken_evaluation_task_is_named_before_anything_runs(
     _assert_one_sentence(arguments, capfd, [task["name"], hint])
 
 
+@pytest.mark.parametrize("verb", ["plan", pytest.param("run", marks=pytest.mark.slow)])
+def test_a_limit_below_the_number_of_tasks_is_named_before_anything_runs(
+    verb: str, base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    study = _write_evaluation(tmp_path, base, ["exemplars/bbh/navigate", "exemplars/bbh/snarks"])
+    out = [] if verb == "plan" else ["--out", str(tmp_path / "out")]
+    arguments = [verb, str(study), "--set", "stages.0.limit=1", *out]
+    sentence = "`limit` must be at least one example for each of the 2 tasks, but is 1."
+    _assert_one_sentence(arguments, capfd, [sentence])
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_an_optional_task_without_data_is_warned_of_once(
     base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -204,10 +206,10 @@ def test_an_unknown_key_is_named_with_its_path_and_the_nearest_one(
     assert lines[0].startswith(f"Error: {study} has ")
     unknown = "unknown key `learning_rat`. Did you mean `learning_rate`?"
     problems = [line.split(": ", 1) for line in lines[1:]]
-    assert {path.strip() for path, _ in problems} >= {
-        "stages.0.tune.train.learning_rat",
+    assert [path.strip() for path, _ in problems] == [
         "stages.0.tune.train.rows_per_step",
-    }
+        "stages.0.tune.train.learning_rat",
+    ]
     assert any(sentence.startswith(unknown) for _, sentence in problems), lines
 
 

@@ -1,42 +1,24 @@
 """`flanmoe quickstart`: end to end on a tiny model, and how a budget scales it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flanmoe.cli.main import invoke
-from flanmoe.study.main_job import quickstart_study
-from flanmoe.testing.tiny_models import tiny_model, tiny_tokenizer
+from flanmoe.study.prepare import quickstart_study
 
 ARMS = ("dense", "sparse")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny dense model with its tokenizer, saved."""
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama", max_position_embeddings=4096).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def object_of(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    """Run a command with --json and parse its stdout, which must hold nothing else."""
-    capfd.readouterr()
-    status = invoke([*arguments, "--json"])
-    printed = capfd.readouterr()
-    assert status == 0, printed.err
-    return json.loads(printed.out)
-
-
 @pytest.mark.slow
 def test_quickstart_answers_with_everything_that_is_documented(
-    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    base: Path, tmp_path: Path, object_of: Callable[[list[str]], dict[str, Any]]
 ) -> None:
-    out, change = tmp_path / "out", ["--set", f"model={model}"]
-    said = object_of(["quickstart", "--minutes", "0.1", *change, "--out", str(out)], capfd)
+    out, change = tmp_path / "out", ["--set", f"model={base}"]
+    said = object_of(["quickstart", "--minutes", "0.1", *change, "--out", str(out)])
     assert 0 <= said["step0_max_abs_diff"] < 1e-3
     for arm in ARMS:
         before, after = said[arm]["before"], said[arm]["after"]
@@ -57,7 +39,7 @@ def test_quickstart_answers_with_everything_that_is_documented(
     assert [len(layer) for layer in said["expert_load"]] == [8, 8]
     assert [sum(layer) for layer in said["expert_load"]] == pytest.approx([1, 1])
 
-    planned = object_of(["plan", "recipes/quickstart.yaml", *change], capfd)
+    planned = object_of(["plan", "recipes/quickstart.yaml", *change])
     assert {arm: planned["arms"][arm]["parameters"] for arm in ARMS} == said["parameters"]
     assert said["parameters"]["sparse"]["total"] > said["parameters"]["dense"]["total"]
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError, field_validator
 
-from flanmoe.core.config import Config, apply_overrides, read_yaml
+from flanmoe.core.config import Config, apply_overrides, read_yaml, set_values
 from flanmoe.core.errors import ConfigError
 
 
@@ -39,11 +39,16 @@ class _Tune(Config):
 _Stage = Annotated[_Grow | _Tune, Field(discriminator="stage")]
 
 
+class _Chain(Config):
+    stages: tuple[_Stage, ...] = Field(min_length=1)
+
+
 class _Plan(Config):
     name: str
     steps: int = 10
     arms: dict[str, tuple[_Stage, ...]] = {}
     optimizers: list[_Optimizer] = []
+    chains: list[_Chain] = []
 
 
 def _problems(values: dict[str, Any]) -> list[str]:
@@ -65,7 +70,8 @@ def test_lists_every_problem_with_its_dotted_path() -> None:
         "  name: is required, but missing.",
         "  steps: Input should be a valid integer, unable to parse string as an integer, but is 'many'.",
         "  arms.sparse.1.tune.optimizer.weight_decay: Input should be greater than or equal to 0, but is -1.",
-        "  nmae: unknown key `nmae`. Did you mean `name`? Known: `name`, `steps`, `arms`, `optimizers`.",
+        "  nmae: unknown key `nmae`. Did you mean `name`? Known: `name`, `steps`, `arms`, `optimizers`, "
+        "`chains`.",
     ]
 
 
@@ -88,6 +94,13 @@ def test_hints_inside_lists_and_optional_parts() -> None:
     optional = _problems({"name": "x", "arms": {"a": [stage]}})[1]
     assert optional.startswith("  arms.a.0.tune.resume_from.weight_decai: unknown key")
     assert "Did you mean `weight_decay`?" in optional
+
+
+def test_a_list_is_not_too_short_because_of_what_is_wrong_inside() -> None:
+    chains = [{"stages": []}, {"stages": [{"stage": "grow", "num_experts": "many"}]}]
+    _, short, wrong = _problems({"name": "x", "chains": chains})
+    assert short.startswith("  chains.0.stages: Tuple should have at least 1 item")
+    assert wrong.startswith("  chains.1.stages.0.grow.num_experts: ")
 
 
 @pytest.mark.parametrize(
@@ -211,6 +224,25 @@ def test_an_override_is_found_at_its_path(keys: list[str], number: int) -> None:
     assert node == number
 
 
+@pytest.mark.parametrize("value", ["2024", "nan", "yes", "1e-4", "", None, 3, [1], {"b": "5"}])
+def test_a_value_that_is_set_stays_as_it_is(value: Any) -> None:
+    found = set_values({"list": [{"a": 1}]}, {"list.0.a": value})["list"][0]["a"]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_what_is_set_is_copied_and_later_keys_win() -> None:
+    values, changes = {"a": {"b": 1}}, {"a": {"b": 2, "c": [3]}, "a.c.0": 4}
+    assert set_values(values, changes) == {"a": {"b": 2, "c": [4]}}
+    assert (values, changes["a"]) == ({"a": {"b": 1}}, {"b": 2, "c": [3]})
+
+
+def test_a_key_that_cannot_be_set_is_named() -> None:
+    with pytest.raises(ConfigError) as raised:
+        set_values({"list": [1, 2]}, {"list.7": 1})
+    assert str(raised.value) == "The override `list.7` needs an index below 2 at `7`."
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -229,18 +261,27 @@ def test_override_mistakes(override: str, message: str) -> None:
 
 
 def test_an_override_that_is_no_yaml_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"The value `\[1, 2` of an override is not valid YAML"):
+    with pytest.raises(ConfigError) as raised:
         apply_overrides({}, ["key=[1, 2"])
+    assert str(raised.value) == (
+        "The value `[1, 2` of an override is not valid YAML: line 1, column 6: expected ',' or ']', but got "
+        "'<stream end>'."
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a: [1, 2\n", "is not valid YAML"),
+        (b"a: [1, 2\n", "is not valid YAML: line 2, column 1: expected ',' or ']', but got "),
+        (b"a: 1\n b: 2\n", "is not valid YAML: line 2, column 3: mapping values are not allowed"),
+        (b"a: \x00\n", "is not valid YAML: unacceptable character #x0000: special characters"),
         (b"\xff\xfe\x00", "cannot be read as UTF-8 text"),
         (b"", "must hold a mapping of keys to values, but holds nothing."),
         (b"- 1\n- 2\n", "must hold a mapping of keys to values, but holds list."),
-        (b"steps: 1\nname: x\nsteps: 2\n", "found the key `steps` twice"),
+        (
+            b"steps: 1\nname: x\nsteps: 2\n",
+            "is not valid YAML: line 3, column 1: found the key `steps` twice.",
+        ),
         (b"deep: {a: 1, a: 2}\n", "found the key `a` twice"),
     ],
 )
@@ -251,6 +292,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, content: bytes, message: str)
         read_yaml(path)
     assert message in str(raised.value)
     assert str(path) in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_yaml_merge_keys_still_work(tmp_path: Path) -> None:

@@ -22,6 +22,16 @@ def test_exit_statuses(kind: type[errors.FlanmoeError], status: int) -> None:
     assert kind("x").exit_code == status
 
 
+def test_an_unexpected_error_is_one_sentence_with_a_way_out() -> None:
+    assert errors.unexpected(KeyError("x")) == (
+        "An unexpected KeyError stopped the command: 'x'. Set FLANMOE_TRACEBACK=1 to see where, and please "
+        "report it."
+    )
+    assert errors.unexpected(ValueError("y"), way_out="Go.") == (
+        "An unexpected ValueError stopped the command: y. Go."
+    )
+
+
 def test_the_table_above_names_every_error() -> None:
     defined = {value for value in vars(errors).values() if isinstance(value, type)}
     assert len(defined) == 8

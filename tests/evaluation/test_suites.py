@@ -93,6 +93,17 @@ def test_a_limit_that_leaves_tasks_empty_is_refused(quiz: MakeTask) -> None:
     )
 
 
+def test_a_limit_is_checked_when_the_suite_is_loaded(tmp_path: Path) -> None:
+    for name in ("sums", "others"):
+        _write(tmp_path / name / "train.jsonl", [{"question": "1 + 1?", "answer": "2"}])
+    tasks = ("sums", "others", {"name": "gone", "optional": True})
+    with pytest.raises(ConfigError, match="one example for each of the 2 tasks, but is 1"):
+        load_suite(SuiteConfig(tasks=tasks, limit=1), data_dir=tmp_path)
+    # A task that is left out needs no example.
+    loaded, skipped = load_suite(SuiteConfig(tasks=tasks, limit=2), data_dir=tmp_path)
+    assert (len(loaded), len(skipped)) == (2, 1)
+
+
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_the_batch_size_changes_nothing(quiz: MakeTask, name: str) -> None:
     tasks = [quiz("a", 6), quiz("b", 3)]

@@ -1,10 +1,10 @@
-"""Parameter counts against hand formulas; the plan of a model that is never built."""
+"""Parameter counts against hand formulas; a configuration counts as its model."""
 
 import pytest
 
 from flanmoe.models.blocks import moe_blocks
-from flanmoe.models.plan import ParameterCount, count_parameters, meta_model, plan_model
-from flanmoe.models.upcycle import UpcycleConfig, sparse_config
+from flanmoe.models.meta import meta_model
+from flanmoe.models.plan import ParameterCount, count_parameters
 from flanmoe.testing.tiny_models import DENSE_NAMES, SPARSE_NAMES, tiny_model
 
 _EMBEDDING = 128 * 32
@@ -75,18 +75,3 @@ def test_frozen_parameters_are_not_trainable() -> None:
         block.experts.requires_grad_(False)
     found = count_parameters(model)
     assert found.total - found.trainable == 2 * 8 * 3 * 32 * 64
-
-
-def test_a_plan_of_a_sparse_twin() -> None:
-    dense = tiny_model("qwen3", num_hidden_layers=4).config
-    config = sparse_config(dense, UpcycleConfig(num_experts=6, every=2))
-    plan = plan_model(config, length=64)
-    assert (plan.model_type, plan.num_sparse_layers, plan.num_experts, plan.top_k) == (
-        "qwen3_moe",
-        2,
-        6,
-        2,
-    )
-    assert plan.flops.context_length == 64
-    assert plan.parameters == count_parameters(config)
-    assert plan_model(dense, length=64).num_sparse_layers == 0

@@ -1,13 +1,18 @@
-"""A report's data as a small quickstart would give it, drawn from a fixed seed; a tiny model and small sums."""
+"""A report's data as a small quickstart would give it, drawn from a fixed seed; tiny models, small sums, and
+studies that run in the process of the test."""
 
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flanmoe.core.ledger import Ledger
+from flanmoe.core.rundir import RunDir
+from flanmoe.study.executor import Job
 from flanmoe.study.plots import Drawing, drawings
 from flanmoe.study.report import html_report
 from flanmoe.study.report_data import (
@@ -28,6 +33,8 @@ from flanmoe.study.report_data import (
     TaskData,
     TaskScore,
 )
+from flanmoe.study.runner import run_arm, run_study
+from flanmoe.study.study import Study
 from flanmoe.testing.tiny_models import tiny_model, tiny_tokenizer
 
 _TASKS = (
@@ -261,12 +268,40 @@ def two_arms_drawings(two_arms: ReportData) -> tuple[Drawing, ...]:
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Saves a tiny model with its tokenizer and returns the folder."""
+
+    def save(name: str, **options: Any) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        tiny_model(name, **options).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def base(saved: Callable[..., Path]) -> Path:
     """A tiny dense model with its tokenizer, saved."""
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return saved("llama")
+
+
+class _SameProcess:
+    """Runs jobs in the process of the test."""
+
+    def run(self, job: Job) -> None:
+        """Run one job here."""
+        run_arm(job)
+
+
+@pytest.fixture(scope="session")
+def run_here() -> Callable[..., RunDir]:
+    """Runs a study in the process of the test and returns its folder."""
+
+    def run(study: Study, folder: Path, *, resume: bool = False) -> RunDir:
+        return run_study(study, folder, executor=_SameProcess(), data_dir=None, resume=resume)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Every arm of the shipped ablation recipe trains a native Mixtral: each preset, loss, scope, convention."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +15,6 @@ from flanmoe.stages.recipe import TuneStage
 from flanmoe.study.executor import Job
 from flanmoe.study.runner import run_arm
 from flanmoe.study.study import study_from_mapping
-from flanmoe.testing.tiny_models import tiny_model, tiny_tokenizer
 from flanmoe.training.router_losses import RouterLossConfig
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "freezing-and-router-losses.yaml"
@@ -43,20 +43,17 @@ def test_the_recipe_holds_every_preset_scope_and_convention() -> None:
 
 
 @pytest.fixture(scope="module")
-def study_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def study_folder(
+    saved: Callable[..., Path], sums_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The recipe cut down to a tiny native Mixtral, small sums and two steps, as a run folder."""
     folder = tmp_path_factory.mktemp("ablation")
-    tiny_model("mixtral").save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    rows = [{"question": f"{n}+{n}?", "answer": str(2 * n)} for n in range(40)]
-    sums = folder / "sums.jsonl"
-    sums.write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = json.loads(json.dumps(VALUES))
     tune = values["defaults"]["tune"]
-    tune["data"] = {"tasks": [str(sums)]}
+    tune["data"] = {"tasks": [str(sums_file)]}
     tune["packing"] = {"length": 64, "window": 8}
     tune["train"] |= {"length": 64, "steps": 2}
-    values["model"] = str(folder / "model")
+    values["model"] = str(saved("mixtral"))
     # Only tuning is left of every arm.
     values["defaults"] = {"tune": tune}
     for arm in values["arms"].values():

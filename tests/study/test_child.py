@@ -1,6 +1,5 @@
 """Child processes: what they answer, what a death without an answer is called, and what the parent holds."""
 
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,18 @@ from flanmoe.study.child import Errand, ask
 def errand(task: str, traceback_file: Path | None = None, **values: object) -> Errand:
     """Something to be done for a job that does not exist."""
     return Errand(task, values, "Arm `dense` (seed 0)", "Lower `length`.", traceback_file)
+
+
+def instead_of_the_report(statement: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let child processes run a statement when they import what writes the report."""
+    (folder / "sitecustomize.py").write_text(
+        "import os, signal, sys, time\n"
+        "class Hook:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == 'flanmoe.study.outcome': {statement}\n"
+        "sys.meta_path.insert(0, Hook())\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
 def test_an_unexpected_error_before_the_folder_is_there_is_one_sentence(
@@ -51,7 +62,7 @@ def test_a_mistake_keeps_its_exit_status(tmp_path: Path) -> None:
             "Lower `length`.",
         ),
         (
-            "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)",
+            "signal.signal(signal.SIGINT, signal.SIG_DFL); os.kill(os.getpid(), signal.SIGINT)",
             Interrupted,
             "Arm `dense` (seed 0) was stopped by Ctrl-C.",
         ),
@@ -65,20 +76,19 @@ def test_a_death_without_an_answer_is_named(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # A `flanmoe.study.main_job` that ends its process as soon as it is imported.
-    hook = tmp_path / "sitecustomize.py"
-    hook.write_text(
-        "import os, signal, sys, time, types\n"
-        "class Ending:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name == 'flanmoe.study.main_job': {ending}\n"
-        "sys.meta_path.insert(0, Ending())\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    instead_of_the_report(ending, tmp_path, monkeypatch)
     with pytest.raises(kind) as caught:
         ask(errand("report", folder=str(tmp_path)))
     assert str(caught.value) == sentence
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_child_that_is_told_to_stop_answers_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
+    instead_of_the_report(stop, tmp_path, monkeypatch)
+    with pytest.raises(Interrupted, match=r"^Arm `dense` \(seed 0\) was stopped by Ctrl-C\.$"):
+        ask(errand("report", folder=str(tmp_path)))
 
 
 _PROGRAM = """
@@ -105,3 +115,12 @@ def test_the_parent_holds_no_torch_while_a_worker_runs(base: Path, tmp_path: Pat
     assert result.stdout == "tiny []\n"
     # The spy has run nothing, so there is nothing to report.
     assert "Finish the run first" in result.stderr
+
+
+def test_preparing_loads_nothing_of_the_report() -> None:
+    program = (
+        "import sys, flanmoe.study.prepare\n"
+        "print(sorted({'matplotlib', 'flanmoe.study.collect', 'flanmoe.study.report'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout == "[]\n", result.stderr

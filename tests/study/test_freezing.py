@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from flanmoe.core.rundir import RunDir
 from flanmoe.core.seeds import SeedTree
 from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.expert_dropout import set_expert_dropout
-from flanmoe.models.experts_interface import hidden_dropout
 from flanmoe.models.freezing import WhatTrains, freeze, what_trains
+from flanmoe.moe.experts import hidden_dropout
 from flanmoe.stages.context import StageContext
 from flanmoe.stages.held_model import HeldModel
 from flanmoe.stages.recipe import TuneStage
@@ -25,46 +26,24 @@ from flanmoe.stages.tune import run_tune
 from flanmoe.study.machine import Machine
 from flanmoe.study.plan import ArmPlan, plan_study, refusals
 from flanmoe.study.study import study_from_mapping
-from flanmoe.testing.tiny_models import tiny_model, tiny_tokenizer
+from flanmoe.testing.tiny_models import tiny_model
 
 _EXPERTS = 2 * 8 * 3 * 32 * 64
 _GATES = 2 * 8 * 32
 
 
-def saved(name: str, folder: Path) -> Path:
-    """Save a tiny model with its tokenizer."""
-    tiny_model(name).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def sparse_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sparse_base(saved: Callable[..., Path]) -> Path:
     """A tiny Mixtral on disk."""
-    return saved("mixtral", tmp_path_factory.mktemp("mixtral"))
+    return saved("mixtral")
 
 
-@pytest.fixture(scope="module")
-def dense_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama on disk."""
-    return saved("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def task_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small sums as a JSON-lines file."""
-    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
-    rows = [{"question": f"{n}+{n}?", "answer": str(2 * n)} for n in range(40)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def tune_stage(task_file: Path, **train: Any) -> dict[str, Any]:
+def tune_stage(sums_file: Path, **train: Any) -> dict[str, Any]:
     """A tuning of three steps."""
     settings = {"length": 64, "steps": 3, "rows_per_step": 2, "learning_rate": 1e-2, **train}
     return {
         "stage": "tune",
-        "data": {"tasks": [{"name": str(task_file)}]},
+        "data": {"tasks": [{"name": str(sums_file)}]},
         "packing": {"length": 64, "window": 8},
         "train": settings,
     }
@@ -81,9 +60,9 @@ def plan(model: Path, *stages: dict[str, Any]) -> ArmPlan:
     return plan_study(study, None).arms["sparse"]
 
 
-def test_the_plan_counts_what_trains(sparse_base: Path, task_file: Path) -> None:
-    whole = plan(sparse_base, tune_stage(task_file))
-    frozen = plan(sparse_base, tune_stage(task_file, freeze=["experts", "gate"]))
+def test_the_plan_counts_what_trains(sparse_base: Path, sums_file: Path) -> None:
+    whole = plan(sparse_base, tune_stage(sums_file))
+    frozen = plan(sparse_base, tune_stage(sums_file, freeze=["experts", "gate"]))
     assert whole.parameters.trainable == whole.parameters.total
     assert frozen.parameters.total == whole.parameters.total
     assert whole.parameters.trainable - frozen.parameters.trainable == _EXPERTS + _GATES
@@ -96,9 +75,9 @@ def test_the_plan_counts_what_trains(sparse_base: Path, task_file: Path) -> None
     assert whole.disk_bytes - frozen.disk_bytes == 8 * (_EXPERTS + _GATES)
 
 
-def test_the_plan_counts_the_disk_of_one_arm_at_a_time(sparse_base: Path, task_file: Path) -> None:
-    seldom = plan(sparse_base, tune_stage(task_file))
-    often = plan(sparse_base, tune_stage(task_file, checkpoint_every_steps=1, keep_checkpoints=2))
+def test_the_plan_counts_the_disk_of_one_arm_at_a_time(sparse_base: Path, sums_file: Path) -> None:
+    seldom = plan(sparse_base, tune_stage(sums_file))
+    often = plan(sparse_base, tune_stage(sums_file, checkpoint_every_steps=1, keep_checkpoints=2))
     model = 4 * seldom.parameters.total
     assert (seldom.kept_bytes, seldom.disk_bytes) == (model, model + 3 * model)
     assert (often.kept_bytes, often.disk_bytes) == (model, model + 3 * 3 * model)
@@ -113,12 +92,12 @@ def test_the_plan_counts_the_disk_of_one_arm_at_a_time(sparse_base: Path, task_f
     assert sentence.startswith("The arms need about ")
 
 
-def test_the_plan_freezes_the_model_that_upcycling_gives(dense_base: Path, task_file: Path) -> None:
+def test_the_plan_freezes_the_model_that_upcycling_gives(base: Path, sums_file: Path) -> None:
     upcycle = {"stage": "upcycle", "num_experts": 4}
-    stages = [upcycle, tune_stage(task_file, freeze=["non_moe"], expert_dropout=0.1)]
-    moe = plan(dense_base, *stages).parameters
-    stages[1] = tune_stage(task_file, freeze=["moe"])
-    rest = plan(dense_base, *stages).parameters
+    stages = [upcycle, tune_stage(sums_file, freeze=["non_moe"], expert_dropout=0.1)]
+    moe = plan(base, *stages).parameters
+    stages[1] = tune_stage(sums_file, freeze=["moe"])
+    rest = plan(base, *stages).parameters
     assert moe.trainable + rest.trainable == moe.total == rest.total
     assert 0 < rest.trainable < moe.trainable
 
@@ -134,39 +113,38 @@ def test_the_plan_freezes_the_model_that_upcycling_gives(dense_base: Path, task_
     ],
 )
 def test_the_plan_refuses_what_a_dense_model_lacks(
-    train: dict[str, Any], sentence: str, dense_base: Path, task_file: Path
+    train: dict[str, Any], sentence: str, base: Path, sums_file: Path
 ) -> None:
     with pytest.raises(ModelError) as caught:
-        plan(dense_base, tune_stage(task_file, **train))
+        plan(base, tune_stage(sums_file, **train))
     assert str(caught.value).startswith(sentence)
 
 
-def test_the_plan_refuses_to_freeze_everything(sparse_base: Path, task_file: Path) -> None:
+def test_the_plan_refuses_to_freeze_everything(sparse_base: Path, sums_file: Path) -> None:
     with pytest.raises(ModelError, match="leaves 0 of the"):
-        plan(sparse_base, tune_stage(task_file, freeze=["moe", "non_moe"]))
+        plan(sparse_base, tune_stage(sums_file, freeze=["moe", "non_moe"]))
 
 
 def tuned(
-    held: HeldModel, task_file: Path, folder: Path, **train: Any
+    held: HeldModel, sums_file: Path, folder: Path, **train: Any
 ) -> tuple[HeldModel, WhatTrains]:
     """Run one tuning stage in this process."""
-    stage = TuneStage.parse(tune_stage(task_file, **train))
+    stage = TuneStage.parse(tune_stage(sums_file, **train))
     context = StageContext(RunDir(folder), SeedTree(0), SeedTree(0), None)
     successor, result = run_tune(stage, held, context)
-    assert result.training.trains is not None
     assert result.parameters.trainable == result.training.trains.trained
     return successor, result.training.trains
 
 
-def test_a_second_stage_starts_unfrozen(sparse_base: Path, task_file: Path, tmp_path: Path) -> None:
+def test_a_second_stage_starts_unfrozen(sparse_base: Path, sums_file: Path, tmp_path: Path) -> None:
     held = HeldModel(str(sparse_base))
-    held, first = tuned(held, task_file, tmp_path / "1", freeze=["gate"], expert_dropout=0.3)
+    held, first = tuned(held, sums_file, tmp_path / "1", freeze=["gate"], expert_dropout=0.3)
     gates = [block.router.weight.detach().clone() for block in moe_blocks(held.model())]
     original = [block.router.weight for block in moe_blocks(tiny_model("mixtral"))]
     assert all(torch.equal(one, other) for one, other in zip(gates, original, strict=True))
     assert first.parameters - first.trained == _GATES
     assert {hidden_dropout(block.experts) for block in moe_blocks(held.model())} == {0.0}
-    held, second = tuned(held, task_file, tmp_path / "2")
+    held, second = tuned(held, sums_file, tmp_path / "2")
     assert second.trained == second.parameters
     for block, before in zip(moe_blocks(held.model()), gates, strict=True):
         assert not torch.equal(block.router.weight, before)
@@ -176,13 +154,13 @@ def test_a_model_on_disk_remembers_no_dropout(sparse_base: Path, tmp_path: Path)
     model = HeldModel(str(sparse_base)).model()
     set_expert_dropout(model, 0.3)
     model.save_pretrained(tmp_path)
-    loaded = HeldModel(str(saved("mixtral", tmp_path))).model()
+    loaded = HeldModel(str(tmp_path)).model()
     assert {hidden_dropout(block.experts) for block in moe_blocks(loaded)} == {0.0}
 
 
 @pytest.mark.slow
-def test_a_recipe_freezes_and_drops(sparse_base: Path, task_file: Path, tmp_path: Path) -> None:
-    stage = tune_stage(task_file, freeze=["gate", "attention"], expert_dropout=0.2)
+def test_a_recipe_freezes_and_drops(sparse_base: Path, sums_file: Path, tmp_path: Path) -> None:
+    stage = tune_stage(sums_file, freeze=["gate", "attention"], expert_dropout=0.2)
     evaluate = {"stage": "evaluate", "tasks": ["exemplars/bbh/snarks"], "limit": 2}
     before, after = ({**evaluate, "label": label} for label in ("before", "after"))
     path = tmp_path / "frozen.yaml"

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,15 @@ import yaml
 from safetensors.torch import load_file
 
 from flanmoe.core.errors import ConfigError, RunError
+from flanmoe.core.rundir import RunDir
+from flanmoe.data.example import Packed
+from flanmoe.data.stream import PackedStream
+from flanmoe.study import launch
 from flanmoe.study.executor import Job
 from flanmoe.study.runner import run_arm, run_study
-from flanmoe.study.study import Study, study_from_mapping
+from flanmoe.study.study import load_study, study_from_mapping
 
 STEPS = 6
-
-
-class SameProcess:
-    """Runs jobs in the process of the test."""
-
-    def __init__(self) -> None:
-        self.jobs: list[Job] = []
-
-    def run(self, job: Job) -> None:
-        """Run one job here."""
-        self.jobs.append(job)
-        run_arm(job)
 
 
 @pytest.fixture(scope="module")
@@ -149,20 +142,46 @@ def _check_peak_memory(out: Path, answer: Any) -> None:
     results = [json.loads(path.read_text()) for path in out.glob("arms/*/seed-0/*/result.json")]
     largest = max(result["peak_memory_bytes"] for result in results)
     assert answer["peak_memory_bytes"] >= largest + row["peak_memory_bytes"]
-    assert 10e6 < row["peak_memory_bytes"] < 150e6 < largest
+    assert 10e6 < row["peak_memory_bytes"] < 80e6 < largest
 
 
 @pytest.mark.slow
-def test_both_arms_are_tuned_on_the_same_rows(values: dict[str, Any], tmp_path: Path) -> None:
-    study = study_from_mapping(values)
-    run_study(study, tmp_path / "out", executor=SameProcess(), data_dir=None, resume=False)
-    logs = [
-        [json.loads(line) for line in path.read_text().splitlines()]
-        for path in sorted((tmp_path / "out").glob("arms/*/seed-0/*-tune/metrics.jsonl"))
-    ]
-    assert [row["tokens"] for row in logs[0]] == [row["tokens"] for row in logs[1]]
+def test_both_arms_are_tuned_on_the_same_rows(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running: list[tuple[str, int]] = []
+    rows: dict[tuple[str, int], list[Any]] = {}
+    read = PackedStream.__next__
+
+    class Noting:
+        """Notes which job runs in this process."""
+
+        def run(self, job: Job) -> None:
+            running.append((job.arm, job.seed))
+            run_arm(job)
+
+    def noted(stream: PackedStream) -> Packed:
+        row = read(stream)
+        tokens = [row.input_ids.tolist(), row.labels.tolist(), row.segment_ids.tolist()]
+        rows.setdefault(running[-1], []).append(tokens)
+        return row
+
+    monkeypatch.setattr(PackedStream, "__next__", noted)
+    arms = {
+        "dense": {"stages": [{"stage": "tune"}]},
+        "sparse": {"stages": [{"stage": "upcycle"}, {"stage": "tune"}]},
+    }
+    defaults = {kind: values["defaults"][kind] for kind in ("upcycle", "tune")}
+    study = study_from_mapping({**values, "seeds": [0, 1], "arms": arms, "defaults": defaults})
+    run_study(study, tmp_path / "out", executor=Noting(), data_dir=None, resume=False)
+    for seed in study.seeds:
+        assert rows["dense", seed] == rows["sparse", seed]
+        assert len(rows["dense", seed]) >= 2 * STEPS
+        assert len({str(row) for row in rows["dense", seed]}) > 1
+    assert rows["dense", 0] != rows["dense", 1]
     # The first step's loss is taken before any update, where both arms are the same function.
-    first = [rows[0]["loss/cross_entropy"] for rows in logs]
+    logs = sorted((tmp_path / "out").glob("arms/*/seed-0/*-tune/metrics.jsonl"))
+    first = [json.loads(path.read_text().splitlines()[0])["loss/cross_entropy"] for path in logs]
     assert first[0] == pytest.approx(first[1], abs=1e-2)
 
 
@@ -229,19 +248,13 @@ def test_resume_is_refused_where_no_run_was_started(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_folder_of_another_recipe_is_foreign(values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_folder_of_another_recipe_is_foreign(
+    values: dict[str, Any], run_here: Callable[..., RunDir], tmp_path: Path
+) -> None:
     study = study_from_mapping(values)
-    (tmp_path / "out").mkdir()
-    nothing = Study.model_copy(study)
-    run_study(
-        nothing.model_copy(update={"seeds": ()}),
-        tmp_path / "out",
-        executor=SameProcess(),
-        data_dir=None,
-        resume=False,
-    )
+    run_here(study.model_copy(update={"seeds": ()}), tmp_path / "out")
     with pytest.raises(RunError, match="needs the recipe that"):
-        run_study(study, tmp_path / "out", executor=SameProcess(), data_dir=None, resume=True)
+        run_here(study, tmp_path / "out", resume=True)
 
 
 @pytest.mark.parametrize(
@@ -262,14 +275,25 @@ def test_mistakes_are_one_sentence_and_status_2(
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("entry", ["command", "function"])
 def test_a_study_is_not_run_by_several_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    entry: str,
+    study_file: Path,
+    run_here: Callable[..., RunDir],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    stage = {"stage": "evaluate", "tasks": ["exemplars/bbh/navigate"]}
-    study = study_from_mapping({"name": "tiny", "model": "gone", "stages": [stage]})
+    # Refused before a child process is sent for anything.
+    monkeypatch.setattr(launch, "ask", lambda errand: pytest.fail(f"sent for {errand.task}"))
+    entries = {
+        "command": lambda: launch.run_file(
+            study_file, tmp_path, overrides=[], profile=None, data_dir=None, resume=False
+        ),
+        "function": lambda: run_here(load_study(study_file), tmp_path),
+    }
     with pytest.raises(ConfigError) as caught:
-        run_study(study, tmp_path, executor=SameProcess(), data_dir=None, resume=False)
+        entries[entry]()
     assert str(caught.value) == (
         "A study runs in 1 process, but torchrun started 2. Run it without torchrun, or tune in "
         "several processes from Python (`docs/guide/distributed.md`)."

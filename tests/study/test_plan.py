@@ -1,6 +1,6 @@
 """What a plan says of a tuning, against the ledger's own way of counting and the model's sizes."""
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +11,22 @@ from flanmoe.models.loading import load_config
 from flanmoe.study.machine import Machine
 from flanmoe.study.plan import ArmPlan, plan_study
 from flanmoe.study.study import study_from_mapping
-from flanmoe.testing.tiny_models import tiny_model, tiny_tokenizer
 
 _TOKENS = 3 * 4 * 64
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    for name in ("llama", "mixtral"):
-        tiny_model(name, num_hidden_layers=4).save_pretrained(folder / name)
-        tiny_tokenizer().save_pretrained(folder / name)
-    return {name: folder / name for name in ("llama", "mixtral")}
+def models(saved: Callable[..., Path]) -> dict[str, Path]:
+    """A dense and a sparse model of four layers on disk."""
+    return {name: saved(name, num_hidden_layers=4) for name in ("llama", "mixtral")}
 
 
-@pytest.fixture(scope="module")
-def task_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tasks") / "sums.jsonl"
-    path.write_text(json.dumps({"question": "1+1?", "answer": "2"}) + "\n")
-    return path
-
-
-def plan(model: Path, task_file: Path, **train: Any) -> ArmPlan:
+def plan(model: Path, sums_file: Path, **train: Any) -> ArmPlan:
     """The plan of one tuning: three steps of four rows of 64 tokens."""
     settings = {"length": 64, "steps": 3, "rows_per_step": 4, **train}
     stage = {
         "stage": "tune",
-        "data": {"tasks": [{"name": str(task_file)}]},
+        "data": {"tasks": [{"name": str(sums_file)}]},
         "packing": {"length": 64},
         "train": settings,
     }
@@ -57,28 +46,28 @@ def plan(model: Path, task_file: Path, **train: Any) -> ArmPlan:
     ],
 )
 def test_counting_experts_beforehand_costs_a_forward_pass(
-    model: str, train: dict[str, Any], passes: int, models: dict[str, Path], task_file: Path
+    model: str, train: dict[str, Any], passes: int, models: dict[str, Path], sums_file: Path
 ) -> None:
-    found = plan(models[model], task_file, **train)
+    found = plan(models[model], sums_file, **train)
     forward = count_flops(load_config(str(models[model])), context_length=64).total
     assert found.tokens == _TOKENS
     assert found.training_flops == pytest.approx(passes * forward * _TOKENS)
 
 
 def test_counting_takes_time(
-    models: dict[str, Path], task_file: Path, monkeypatch: pytest.MonkeyPatch
+    models: dict[str, Path], sums_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = Machine(cores=1, memory_bytes=2**40, disk_bytes=2**40, flops_per_second=1e9)
     monkeypatch.setattr("flanmoe.study.plan.this_machine", lambda *_, **__: machine)
-    counting = plan(models["mixtral"], task_file, router={"scope": "global"})
-    free = plan(models["mixtral"], task_file, router={"scope": "lagged"})
+    counting = plan(models["mixtral"], sums_file, router={"scope": "global"})
+    free = plan(models["mixtral"], sums_file, router={"scope": "lagged"})
     assert counting.seconds == pytest.approx(free.seconds * 4 / 3)
 
 
-def test_gradient_checkpointing_saves_activations(models: dict[str, Path], task_file: Path) -> None:
-    usual = plan(models["mixtral"], task_file, precision="float32").memory
+def test_gradient_checkpointing_saves_activations(models: dict[str, Path], sums_file: Path) -> None:
+    usual = plan(models["mixtral"], sums_file, precision="float32").memory
     saving = plan(
-        models["mixtral"], task_file, precision="float32", gradient_checkpointing=True
+        models["mixtral"], sums_file, precision="float32", gradient_checkpointing=True
     ).memory
     assert usual is not None
     assert saving is not None

@@ -1,6 +1,7 @@
 """What a study records and reports is what happened: questions, sizes, examples, what was left out."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +17,23 @@ from flanmoe.stages.held_model import HeldModel
 from flanmoe.stages.recipe import TuneStage
 from flanmoe.stages.tune import training_stream
 from flanmoe.study.collect import collect
-from flanmoe.study.executor import Job
-from flanmoe.study.main_job import rebuild_report
+from flanmoe.study.outcome import rebuild_report
 from flanmoe.study.plan import plan_study
 from flanmoe.study.report import markdown_report
-from flanmoe.study.report_data import ReportData
-from flanmoe.study.runner import run_arm, run_study
+from flanmoe.study.report_data import Hardware, ReportData
 from flanmoe.study.study import Study, study_from_mapping
 
 _STEPS = 4
 _ROWS_PER_STEP = 2
 
 
-class _SameProcess:
-    def run(self, job: Job) -> None:
-        run_arm(job)
-
-
 class _Killed(BaseException):
     """Stands for a kill."""
 
 
-def run(study: Study, folder: Path, *, resume: bool = False) -> RunDir:
-    return run_study(study, folder, executor=_SameProcess(), data_dir=None, resume=resume)
-
-
 def evaluate(label: str) -> dict[str, Any]:
-    """Five questions of two tasks, of which there are many more."""
-    tasks = ["exemplars/mmlu_cot/anatomy", "exemplars/mmlu_cot/astronomy"]
+    """Five questions of two tasks, of which there are many more; one may never be trained on."""
+    tasks = ["exemplars/mmlu_cot/anatomy", "exemplars/bbh/navigate"]
     return {"stage": "evaluate", "label": label, "tasks": tasks, "limit": 5}
 
 
@@ -65,7 +55,7 @@ def tune(sums_file: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def untuned(
-    base: Path, tmp_path_factory: pytest.TempPathFactory
+    base: Path, run_here: Callable[..., RunDir], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Study, RunDir, ReportData]:
     """Two seeds of a dense model and of one that is upcycled, each only evaluated."""
     upcycle = {"stage": "upcycle", "num_experts": 4, "mode": "granular", "granularity": 2}
@@ -79,7 +69,7 @@ def untuned(
         },
     }
     study = study_from_mapping(values)
-    folder = run(study, tmp_path_factory.mktemp("untuned") / "out")
+    folder = run_here(study, tmp_path_factory.mktemp("untuned") / "out")
     return study, folder, collect(study, folder)
 
 
@@ -95,13 +85,44 @@ def broken_sums_file(sums_file: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def tuned(
-    base: Path, broken_sums_file: Path, tmp_path_factory: pytest.TempPathFactory
+    base: Path,
+    broken_sums_file: Path,
+    run_here: Callable[..., RunDir],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Study, RunDir, ReportData]:
     """One arm that is tuned on sums and evaluated on questions that are longer than its positions."""
     long = {"stage": "evaluate", "tasks": ["exemplars/bbh/snarks"]}
     values = {"name": "tuned", "model": str(base), "stages": [tune(broken_sums_file), long]}
     study = study_from_mapping(values)
-    folder = run(study, tmp_path_factory.mktemp("tuned") / "out")
+    folder = run_here(study, tmp_path_factory.mktemp("tuned") / "out")
+    return study, folder, collect(study, folder)
+
+
+@pytest.fixture(scope="module")
+def chained(
+    base: Path,
+    sums_file: Path,
+    run_here: Callable[..., RunDir],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Study, RunDir, ReportData]:
+    """Two seeds of an arm that is upcycled after tuning, and of one that is tuned on other data after that.
+
+    The first job runs on one machine, the others on another.
+    """
+    long_file = tmp_path_factory.mktemp("long") / "long.jsonl"
+    long_rows = [
+        {"question": f"{number}" * size, "answer": "0"} for number in (1, 2) for size in (1, 99)
+    ]
+    long_file.write_text("".join(json.dumps(row) + "\n" for row in long_rows))
+    first, second = tune(sums_file), tune(long_file) | {"label": "second"}
+    second |= {"packing": {"length": 48, "window": 8}, "train": {**second["train"], "length": 48}}
+    upcycle = {"stage": "upcycle", "num_experts": 4, "mode": "granular", "granularity": 2}
+    arms = {"late": {"stages": [first, upcycle]}, "twice": {"stages": [first, second]}}
+    study = study_from_mapping({"name": "chain", "model": str(base), "seeds": [0, 1], "arms": arms})
+    machines = iter([Hardware(cpu="One", num_cores=3), *[Hardware(cpu="Two", num_cores=5)] * 3])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flanmoe.study.runner.hardware", lambda: next(machines))
+        folder = run_here(study, tmp_path_factory.mktemp("chained") / "out")
     return study, folder, collect(study, folder)
 
 
@@ -133,12 +154,80 @@ def test_an_untuned_arm_has_the_size_of_its_model(
     dense = data.arms[0].parameters
     assert dense.total == count_parameters(load_config(str(base))).total > 0
     for arm in data.arms:
-        assert arm.parameters.total == planned[arm.label].parameters.total
-        assert arm.parameters.active == planned[arm.label].parameters.active
+        assert arm.parameters.to_mapping() == planned[arm.label].parameters.to_mapping()
         assert arm.parameters.trainable == 0
         assert arm.flops.total == planned[arm.label].flops_per_token.total
         assert arm.flops.context_length == 1024
     assert data.arms[1].parameters.total > dense.total
+
+
+def test_a_tuned_arm_has_the_size_of_the_model_that_it_ends_with(
+    chained: tuple[Study, RunDir, ReportData], base: Path
+) -> None:
+    study, _, data = chained
+    planned = plan_study(study, None).arms
+    late, twice = data.arms
+    for arm, context_length in ((late, 64), (twice, 48)):
+        assert arm.parameters.to_mapping() == planned[arm.label].parameters.to_mapping()
+        assert arm.flops.total == planned[arm.label].flops_per_token.total
+        assert arm.flops.context_length == context_length
+    dense = count_parameters(load_config(str(base)))
+    assert late.parameters.total > late.parameters.trainable == dense.total
+    assert twice.parameters.to_mapping() == dense.to_mapping()
+
+
+def test_every_tuning_of_every_seed_is_counted(
+    chained: tuple[Study, RunDir, ReportData],
+) -> None:
+    study, _, data = chained
+    planned = plan_study(study, None).arms
+    late, twice = data.arms
+    for arm, tunings in ((late, 1), (twice, 2)):
+        assert arm.ledger.steps == len(study.seeds) * tunings * _STEPS
+        assert arm.ledger.tokens == len(study.seeds) * planned[arm.label].tokens
+        for curve in arm.curves:
+            tokens = [point.tokens for point in curve.points]
+            assert len(tokens) == tunings * _STEPS
+            assert tokens == sorted(set(tokens))
+        assert sum(curve.points[-1].tokens for curve in arm.curves) == arm.ledger.real_tokens
+    # The first tuning of both arms drew the same rows, which are counted once for each seed.
+    assert data.data.num_tunings == 4
+    assert data.data.padding_share == pytest.approx(twice.ledger.padding_share)
+    assert f"| different examples trained on, most of 4 tunings | {data.data.num_seen} |" in (
+        markdown_report(data)
+    )
+
+
+def test_what_was_dropped_is_said_of_the_arm_that_it_happened_to(
+    chained: tuple[Study, RunDir, ReportData],
+) -> None:
+    _, folder, data = chained
+    paths = list(folder.path.glob("arms/*/*/01-second/result.json"))
+    results = [json.loads(path.read_text())["details"]["packing"] for path in paths]
+    dropped = sum(task["dropped"] for packing in results for task in packing["tasks"].values())
+    assert len(results) == 2
+    assert data.data.num_dropped == dropped > 0
+    assert data.warnings == (
+        f"{dropped:,} draws of twice were left out of training because they are longer than a row "
+        "(`packing.length`).",
+    )
+
+
+def test_the_machine_is_the_one_that_the_study_ran_on(
+    chained: tuple[Study, RunDir, ReportData],
+) -> None:
+    data = chained[2]
+    assert data.hardware == Hardware(cpu="One", num_cores=3)
+    assert data.notes[-1] == (
+        "The study ran on 2 machines, so seconds do not compare: One, 3 cores; Two, 5 cores."
+    )
+
+
+def test_what_may_never_be_trained_on_is_not_merely_held_out(
+    untuned: tuple[Study, RunDir, ReportData],
+) -> None:
+    assert untuned[2].data.held_out == ("exemplars/mmlu_cot/anatomy",)
+    assert untuned[2].data.evaluation_only == ("exemplars/bbh/navigate",)
 
 
 def test_the_report_of_an_untuned_study_is_silent_about_tuning(
@@ -197,7 +286,11 @@ def test_what_was_left_out_is_reported_and_printed(
 
 
 def test_a_kill_after_tuning_loses_no_step(
-    base: Path, sums_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path,
+    sums_file: Path,
+    run_here: Callable[..., RunDir],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     values = {"name": "killed", "model": str(base), "stages": [tune(sums_file)]}
     study = study_from_mapping(values)
@@ -210,14 +303,14 @@ def test_a_kill_after_tuning_loses_no_step(
 
     monkeypatch.setattr(RunDir, "write_json", killed)
     with pytest.raises(_Killed):
-        run(study, tmp_path / "out")
+        run_here(study, tmp_path / "out")
     monkeypatch.undo()
     (stage,) = (tmp_path / "out").glob("arms/*/seed-0/00-tune")
     before = (stage / "model" / "model.safetensors").read_bytes()
     steps = (stage / "metrics.jsonl").read_text()
     assert (stage / "checkpoints" / f"checkpoint-{_STEPS}").is_dir()
 
-    run(study, tmp_path / "out", resume=True)
+    run_here(study, tmp_path / "out", resume=True)
     assert (stage / "metrics.jsonl").read_text() == steps
     assert (stage / "model" / "model.safetensors").read_bytes() == before
     assert (stage / "result.json").is_file()

@@ -72,7 +72,11 @@ def test_a_file_with_stages_is_a_study_of_one_arm() -> None:
             "arms.sparse.stages.1.train.learning_rat=1",
             "unknown key `learning_rat`. Did you mean `learning_rate`?",
         ),
-        ("defaults.tuen.train.steps=1", "unknown stage kind `tuen`. Did you mean `tune`?"),
+        (
+            "defaults.tuen.train.steps=1",
+            "defaults.tuen: unknown key `tuen`. Did you mean `tune`? Known: `upcycle`, `tune`, `evaluate`.",
+        ),
+        ("profiles.smoke.seeds=[1]", "unknown key `profiles`."),
         ("arms.sparse.stages.0.num_experts=0", "arms.sparse.stages.0.upcycle.num_experts"),
         ("arms.sparse.stages.0.stage=upcicle", "arms.sparse.stages.0"),
         ("baseline=spares", "`baseline` must name an arm"),
@@ -91,20 +95,20 @@ def test_mistakes_are_named_with_their_path(change: str, message: str) -> None:
     [
         (
             {"defaults": ["tune"]},
-            "defaults: must be a mapping of stage kinds to settings, but is ['tune'].",
+            "defaults: Input should be a valid dictionary or instance of StageDefaults, but is ['tune'].",
         ),
         (
             {"defaults": {"tune": 3}},
-            "defaults.tune: must be a mapping of settings to values, but is 3.",
+            "defaults.tune: Input should be a valid dictionary, but is 3.",
         ),
         (
             {"defaults": {**two_arms()["defaults"], "upcycle": None}},
-            "defaults.upcycle: must be a mapping of settings to values, but is None.",
+            "defaults.upcycle: Input should be a valid dictionary, but is None.",
         ),
-        ({"profiles": ["q"]}, "profiles: must be a mapping of names to overrides, but is ['q']."),
+        ({"profiles": ["q"]}, "profiles: Input should be a valid dictionary, but is ['q']."),
         (
             {"profiles": {"q": 3}},
-            "profiles.q: must be a mapping of dotted keys to values, but is 3.",
+            "profiles.q: Input should be a valid dictionary, but is 3.",
         ),
     ],
 )
@@ -133,6 +137,9 @@ def test_values_of_a_profile_arrive_as_the_file_has_them() -> None:
         "defaults.evaluate.limit": None,
         "description": "yes: it's {one} sentence",
         "defaults.tune.data.tasks": [{"name": "exemplars/gsm8k_cot", "cluster": "null"}],
+        "defaults.evaluate.tasks": [{"name": "exemplars/bbh/snarks"}],
+        "defaults.evaluate.tasks.0.cluster": "5",
+        "arms.sparse.model": "nan",
         "defaults.tune.train.learning_rate": "1e-4",
     }
     study = study_from_mapping({**values, "profiles": {"whole": overrides}}, profile="whole")
@@ -140,6 +147,8 @@ def test_values_of_a_profile_arrive_as_the_file_has_them() -> None:
     assert evaluate.limit is None
     assert study.description == "yes: it's {one} sentence"
     assert tune.data.tasks[0].cluster == "null"
+    assert evaluate.tasks[0].cluster == "5"
+    assert study.arms["sparse"].model == "nan"
     assert tune.train.learning_rate == 1e-4
 
 

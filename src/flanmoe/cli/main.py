@@ -24,7 +24,7 @@ from flanmoe.cli.quickstart import quickstart
 from flanmoe.cli.report import report
 from flanmoe.cli.run import run
 from flanmoe.cli.upcycle import upcycle
-from flanmoe.core.errors import FlanmoeError
+from flanmoe.core.errors import FlanmoeError, unexpected
 
 app = typer.Typer(
     name="flanmoe",
@@ -95,11 +95,7 @@ def invoke(arguments: list[str]) -> int:
     except Exception as error:
         if os.environ.get("FLANMOE_TRACEBACK"):
             traceback.print_exc()
-        sentence = (
-            f"An unexpected {type(error).__name__} stopped the command: {error}. "
-            "Set FLANMOE_TRACEBACK=1 to see where, and please report it."
-        )
-        return _fail(sentence, 1, arguments)
+        return _fail(unexpected(error), 1, arguments)
 
 
 def _fail(

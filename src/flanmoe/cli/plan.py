@@ -31,7 +31,6 @@ def plan(
     with machine_output(as_json) as emit:
         planned = plan_study(load_study(file, overrides=overrides or [], profile=profile), data_dir)
         show_table(plan_table(planned))
-        if planned.refusals:
-            sentence = "This will not fit: " + " ".join(planned.refusals)
-            raise Refusal(sentence, planned.to_mapping())
+        if planned.refusal:
+            raise Refusal(planned.refusal, planned.to_mapping())
         emit(planned.to_mapping())

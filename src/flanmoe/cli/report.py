@@ -17,7 +17,7 @@ def report(
 
     Example: flanmoe report runs/quickstart
     """
-    from flanmoe.study.main_job import rebuild_report
+    from flanmoe.study.outcome import rebuild_report
 
     with machine_output(as_json) as emit:
         emit(rebuild_report(folder))

@@ -36,7 +36,7 @@ class Config(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            problems = error.errors()
+            problems = _own_problems(error)
             lines = [f"  {_path(problem)}: {_sentence(problem, cls)}" for problem in problems]
             count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
             raise ConfigError(f"{origin} has {count}:\n" + "\n".join(lines)) from error
@@ -86,7 +86,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
         raise ConfigError(f"The file {path} cannot be read as UTF-8 text: {error}.") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"The file {path} is not valid YAML: {error}.") from error
+        raise ConfigError(f"The file {path} is not valid YAML: {_yaml_problem(error)}.") from error
     if not isinstance(values, dict):
         raise ConfigError(
             f"The file {path} must hold a mapping of keys to values, but holds "
@@ -109,7 +109,21 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
         path, separator, text = override.partition("=")
         if not separator or not path:
             raise ConfigError(f"An override must read `dotted.key=value`, but is `{override}`.")
-        _assign(result, path.strip().split("."), _scalar(text), override)
+        _assign(result, path.strip(), _scalar(text), override)
+    return result
+
+
+def set_values(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of `values` with each dotted key of `changes` set to its value, which stays as it is.
+
+    Paths are those of `apply_overrides`.
+
+    Raises:
+        ConfigError: if a path runs through a scalar or past the end of a list.
+    """
+    result = _copy(values)
+    for path, value in changes.items():
+        _assign(result, path, _copy(value), path)
     return result
 
 
@@ -119,7 +133,7 @@ def _scalar(text: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"The value `{text}` of an override is not valid YAML: {error}."
+            f"The value `{text}` of an override is not valid YAML: {_yaml_problem(error)}."
         ) from error
     if isinstance(value, str):
         try:
@@ -127,6 +141,14 @@ def _scalar(text: str) -> Any:
         except ValueError:
             return value
     return value
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """Say in one line what is wrong, and where."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())
 
 
 def _copy(value: Any) -> Any:
@@ -137,7 +159,8 @@ def _copy(value: Any) -> Any:
     return value
 
 
-def _assign(root: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+def _assign(root: dict[str, Any], path: str, value: Any, override: str) -> None:
+    keys = path.split(".")
     node: Any = root
     for key in keys[:-1]:
         index = _index(node, key, override)
@@ -157,6 +180,20 @@ def _index(node: Any, key: str, override: str) -> Any:
     if not key.isdigit() or int(key) >= size:
         raise ConfigError(f"The override `{override}` needs an index below {size} at `{key}`.")
     return int(key)
+
+
+def _own_problems(error: ValidationError) -> list[ErrorDetails]:
+    """Return the problems without those that only follow from others.
+
+    pydantic counts no entry that has a problem of its own, and then finds its list too short.
+    """
+    problems = error.errors()
+    around = {problem["loc"][:end] for problem in problems for end in range(len(problem["loc"]))}
+    return [
+        problem
+        for problem in problems
+        if problem["type"] != "too_short" or problem["loc"] not in around
+    ]
 
 
 def _path(problem: ErrorDetails) -> str:

@@ -4,6 +4,8 @@ Every error that flanmoe raises on purpose derives from `FlanmoeError` and carri
 the command line turns it into (DESIGN 6): 2 for a user's mistake, 130 after Ctrl-C, 1 for anything else.
 """
 
+_SEE_WHERE = "Set FLANMOE_TRACEBACK=1 to see where, and please report it."
+
 
 class FlanmoeError(Exception):
     """Base of all errors raised on purpose."""
@@ -41,3 +43,8 @@ class Interrupted(FlanmoeError):
     """The user pressed Ctrl-C; the state has been saved."""
 
     exit_code = 130
+
+
+def unexpected(error: Exception, *, way_out: str = _SEE_WHERE) -> str:
+    """Return the sentence about an error that is not raised on purpose."""
+    return f"An unexpected {type(error).__name__} stopped the command: {error}. {way_out}"

@@ -20,7 +20,7 @@ def reset_peak_memory() -> bool:
 def peak_memory_bytes() -> int:
     """Return the peak resident set size in bytes since the last reset (or since process start)."""
     if _STATUS.exists():
-        return _status_bytes("VmHWM")
+        return _status_peak_bytes()
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return usage if sys.platform == "darwin" else usage * 1024
 
@@ -31,15 +31,8 @@ def peak_memory_of_children_bytes() -> int:
     return usage if sys.platform == "darwin" else usage * 1024
 
 
-def resident_memory_bytes() -> int:
-    """Return the resident set size in bytes now."""
-    if _STATUS.exists():
-        return _status_bytes("VmRSS")
-    return peak_memory_bytes()
-
-
-def _status_bytes(field: str) -> int:
+def _status_peak_bytes() -> int:
     for line in _STATUS.read_text().splitlines():
-        if line.startswith(f"{field}:"):
+        if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"The field {field} is missing from {_STATUS}.")
+    raise OSError(f"The field VmHWM is missing from {_STATUS}.")

@@ -301,12 +301,17 @@ def pack(
     Raises:
         ValueError: if an example is empty or longer than `length`.
     """
+    rows = grouped(examples, length=length, most_in_a_row=most_in_a_row)
+    return [packed_row(row, length=length, padding=padding) for row in rows]
+
+
+def grouped(
+    examples: Sequence[TokenizedExample], *, length: int, most_in_a_row: int | None = None
+) -> list[list[TokenizedExample]]:
+    """Return the examples that share each row of `length` tokens; see `assign_rows`."""
     lengths = [len(example) for example in examples]
     rows = assign_rows(lengths, capacity=length, most_in_a_row=most_in_a_row)
-    return [
-        packed_row([examples[index] for index in row], length=length, padding=padding)
-        for row in rows
-    ]
+    return [[examples[index] for index in row] for row in rows]
 
 
 def packed_row(examples: Sequence[TokenizedExample], *, length: int, padding: int = 0) -> Packed:

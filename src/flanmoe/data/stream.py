@@ -22,8 +22,8 @@ from flanmoe.data.packing import (
     PackingConfig,
     PackingReport,
     TokenizedExample,
-    assign_rows,
     fit,
+    grouped,
     packed_row,
     report_from_state,
     tokenize,
@@ -254,12 +254,7 @@ class PackedStream:
     def _packed(self, examples: Sequence[TokenizedExample]) -> list[_Row]:
         """The same rows as `pack` makes, each with the hashes of its examples."""
         length, padding = self.config.length, padding_id(self._tokenizer)
-        assigned = assign_rows(
-            [len(example) for example in examples],
-            capacity=length,
-            most_in_a_row=self.config.examples_per_row,
-        )
-        rows = [[examples[index] for index in indices] for indices in assigned]
+        rows = grouped(examples, length=length, most_in_a_row=self.config.examples_per_row)
         return [
             _Row(
                 packed_row(row, length=length, padding=padding),

@@ -2,14 +2,12 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from lm_eval.evaluator import evaluate
 from pydantic import Field
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flanmoe.core.config import Config
@@ -26,6 +24,7 @@ from flanmoe.evaluation.lm import HeldOutLM, Precision, build_lm, quiet_lm_eval
 from flanmoe.evaluation.lm_task import HeldOutTask
 from flanmoe.evaluation.model_hash import model_hash
 from flanmoe.evaluation.results import ExampleRecord, SkippedTask, SuiteResult
+from flanmoe.models.modes import evaluating
 
 
 class SuiteTask(TaskConfig):
@@ -107,10 +106,15 @@ def evaluate_suite(
     """
     tasks, skipped = load_suite(config, data_dir=data_dir)
     warn_of_skipped(skipped)
-    result = evaluate_tasks(
-        model, tokenizer, tasks, config=config, seeds=seeds, training_hashes=training_hashes
+    return evaluate_tasks(
+        model,
+        tokenizer,
+        tasks,
+        config=config,
+        seeds=seeds,
+        training_hashes=training_hashes,
+        skipped=skipped,
     )
-    return result.model_copy(update={"skipped": tuple(skipped)})
 
 
 def load_suite(
@@ -122,7 +126,7 @@ def load_suite(
 
     Raises:
         DataError: if a task that is not optional is not known, or no task has data.
-        ConfigError: if a task comes twice.
+        ConfigError: if a task comes twice, or the limit leaves a task without an example.
     """
     tasks: list[Task] = []
     skipped: list[SkippedTask] = []
@@ -139,6 +143,7 @@ def load_suite(
             + " ".join(skip.reason for skip in skipped[:3])
         )
     _check_names(tasks)
+    _check_limit(tasks, config.limit)
     return tasks, skipped
 
 
@@ -156,10 +161,14 @@ def evaluate_tasks(
     config: SuiteConfig,
     seeds: SeedTree,
     training_hashes: frozenset[str] = frozenset(),
+    skipped: Sequence[SkippedTask] = (),
 ) -> SuiteResult:
-    """Score a model on loaded tasks; `config.tasks` is not looked at. See `evaluate_suite`."""
+    """Score a model on loaded tasks; `config.tasks` is not looked at. See `evaluate_suite`.
+
+    `skipped` names the tasks that had to be left out (see `load_suite`).
+    """
     chosen = limited(tasks, config.limit, seeds=seeds)
-    with _mode_kept(model), quiet_lm_eval():
+    with evaluating(model), quiet_lm_eval():
         start = time.monotonic()
         lm = build_lm(model, tokenizer, batch_size=config.batch_size, precision=config.precision)
         held_out = _held_out(tasks, chosen, lm, training_hashes)
@@ -168,6 +177,7 @@ def evaluate_tasks(
     averages = average(records, {task.name: task.cluster for task in tasks})
     return SuiteResult(
         tasks=averages.tasks,
+        skipped=tuple(skipped),
         pooled=averages.pooled,
         macro=averages.macro,
         clusters=averages.clusters,
@@ -234,11 +244,7 @@ def limited(tasks: Sequence[Task], limit: int | None, *, seeds: SeedTree) -> lis
     """
     if limit is None:
         return [list(task.examples) for task in tasks]
-    if limit < len(tasks):
-        raise ConfigError(
-            f"`limit` must be at least one example for each of the {len(tasks)} tasks, but is {limit}. "
-            "Raise it, or name fewer tasks."
-        )
+    _check_limit(tasks, limit)
     counts = shares([task.size for task in tasks], limit)
     return [
         [task.examples[index] for index in _drawn(task, count, seeds)]
@@ -275,12 +281,9 @@ def _check_names(tasks: Sequence[Task]) -> None:
         )
 
 
-@contextmanager
-def _mode_kept(model: nn.Module) -> Iterator[None]:
-    """Put every module back into the mode it was in: some are frozen in evaluation mode on purpose."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+def _check_limit(tasks: Sequence[Task], limit: int | None) -> None:
+    if limit is not None and limit < len(tasks):
+        raise ConfigError(
+            f"`limit` must be at least one example for each of the {len(tasks)} tasks, but is {limit}. "
+            "Raise it, or name fewer tasks."
+        )

@@ -40,7 +40,7 @@ class EvaluateResult(Config):
 
     scores: SuiteResult
     evaluation_only: tuple[str, ...]
-    rejected: dict[str, int] = {}
+    rejected: dict[str, int]
 
 
 def run_evaluate(stage: EvaluateStage, held: HeldModel, context: StageContext) -> EvaluateResult:
@@ -56,7 +56,8 @@ def run_evaluate(stage: EvaluateStage, held: HeldModel, context: StageContext) -
         # The same branch for every label, so that "before" and "after" draw the same questions.
         seeds=context.questions.child("evaluate"),
         training_hashes=held.training_hashes(),
-    ).model_copy(update={"skipped": tuple(skipped)})
+        skipped=skipped,
+    )
     write_result(result, context.run.path)
     kept_back = tuple(task.name for task in tasks if task.evaluation_only)
     return EvaluateResult(

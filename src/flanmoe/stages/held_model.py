@@ -9,9 +9,6 @@ from flanmoe.data.tokenizer import Tokenizer
 from flanmoe.evaluation.results import read_training_hashes
 from flanmoe.models.loading import load_model, load_tokenizer, resolve_reference
 
-# A folder without it is no model to `load_model`, so it is written last.
-MODEL_MARKER = "config.json"
-
 
 class HeldModel:
     """A model by reference, with its tokenizer and the hashes of what it was trained on.

@@ -13,7 +13,8 @@ under `stage`:
       - {stage: evaluate, label: after, tasks: [{name: exemplars/bbh/*}]}
 """
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -21,6 +22,7 @@ from flanmoe.core.config import Config
 from flanmoe.data.mixture import MixtureConfig
 from flanmoe.data.packing import PackingConfig
 from flanmoe.evaluation.suites import SuiteConfig
+from flanmoe.models.flops import STATED_CONTEXT_LENGTH
 from flanmoe.models.upcycle import UpcycleConfig
 from flanmoe.training.arguments import TuneConfig
 
@@ -66,7 +68,18 @@ class EvaluateStage(SuiteConfig):
 
 Stage = Annotated[UpcycleStage | TuneStage | EvaluateStage, Field(discriminator="stage")]
 
-STAGE_KINDS = ("upcycle", "tune", "evaluate")
+
+class StageDefaults(Config):
+    """Settings that stand under every stage of a kind; each a part of what the kind has."""
+
+    upcycle: dict[str, Any] = {}
+    tune: dict[str, Any] = {}
+    evaluate: dict[str, Any] = {}
+
+    @property
+    def given(self) -> dict[str, dict[str, Any]]:
+        """The kinds that the file names, with their settings."""
+        return {kind: settings for kind, settings in self if kind in self.model_fields_set}
 
 
 def _labels_are_unique(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
@@ -98,3 +111,9 @@ class Recipe(Config):
     model: str
     seed: int = 0
     stages: Stages
+
+
+def stated_context_length(stages: Sequence[Stage]) -> int:
+    """Return the context that the FLOPs of an arm's model are stated at: the last tuning's rows."""
+    lengths = [stage.train.length for stage in stages if isinstance(stage, TuneStage)]
+    return lengths[-1] if lengths else STATED_CONTEXT_LENGTH

@@ -15,11 +15,11 @@ from flanmoe.evaluation.results import write_training_hashes
 from flanmoe.models.expert_dropout import check_expert_dropout
 from flanmoe.models.flops import FlopCount, count_flops
 from flanmoe.models.freezing import frozen
-from flanmoe.models.loading import save_model
+from flanmoe.models.loading import MODEL_MARKER, save_model
 from flanmoe.models.memory import MemoryEstimate, estimate_memory
 from flanmoe.models.plan import ParameterCount, count_parameters
 from flanmoe.stages.context import StageContext
-from flanmoe.stages.held_model import MODEL_MARKER, HeldModel
+from flanmoe.stages.held_model import HeldModel
 from flanmoe.stages.recipe import TuneStage
 from flanmoe.training.arguments import TuneConfig
 from flanmoe.training.checkpoints import latest_checkpoint
@@ -47,8 +47,8 @@ class TuneStageResult(Config):
     flops: FlopCount
     memory: MemoryEstimate
     examples_seen: int
-    task_sizes: dict[str, int] = {}
-    rejected: dict[str, int] = {}
+    task_sizes: dict[str, int]
+    rejected: dict[str, int]
 
 
 def run_tune(

@@ -13,11 +13,11 @@ from flanmoe.core.files import whole_folder
 from flanmoe.core.rundir import RunDir
 from flanmoe.core.seeds import SeedTree
 from flanmoe.evaluation.results import write_training_hashes
-from flanmoe.models.loading import save_model
+from flanmoe.models.loading import MODEL_MARKER, save_model
 from flanmoe.models.plan import ParameterCount, count_parameters
 from flanmoe.models.upcycle import check_step0, upcycle
 from flanmoe.stages.context import StageContext
-from flanmoe.stages.held_model import MODEL_MARKER, HeldModel
+from flanmoe.stages.held_model import HeldModel
 from flanmoe.stages.recipe import UpcycleStage
 
 # What the two models are compared on: plain prose of ours, enough to visit many experts.

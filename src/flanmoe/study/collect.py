@@ -1,24 +1,20 @@
 """From what a study recorded on disk to everything that its report shows."""
 
-import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import psutil
-
-from flanmoe.core.cores import usable_cores
+from flanmoe.core.cache import fingerprint
 from flanmoe.core.ledger import Ledger
 from flanmoe.core.rundir import RunDir
 from flanmoe.core.seeds import SeedTree
-from flanmoe.data.packing import PackingReport
+from flanmoe.data.packing import PackingReport, TaskCounts, merged
 from flanmoe.evaluation import results as evaluation_results
 from flanmoe.evaluation.comparison import CONFIDENCE_LEVEL, PairedDifference, compare
 from flanmoe.evaluation.metrics import Estimate
 from flanmoe.evaluation.results import SuiteResult
 from flanmoe.stages.tune import TuneStageResult
-from flanmoe.study.records import SeedResults, flops_of
+from flanmoe.study.records import SeedResults
 from flanmoe.study.report_data import (
     ArmReport,
     Comparison,
@@ -26,12 +22,10 @@ from flanmoe.study.report_data import (
     DataReport,
     Evaluation,
     ExpertLoadReport,
-    Flops,
     Hardware,
     LossCurve,
     Memory,
     Metric,
-    Parameters,
     ReportData,
     RouterLosses,
     Score,
@@ -51,65 +45,47 @@ def collect(study: Study, run: RunDir) -> ReportData:
         name: [SeedResults(run.path, name, seed) for seed in study.seeds] for name in study.arms
     }
     reports = tuple(_arm_report(study, name, seeds) for name, seeds in arms.items())
-    tuned = next((seed.tuned for seeds in arms.values() for seed in seeds if seed.tuned), None)
     return ReportData(
         study=study.name,
         description=study.description,
         scale=_scale(reports, len(study.seeds)),
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         versions=run.read_json("versions.json"),
-        hardware=_hardware(),
+        hardware=_machines(arms)[0],
         baseline=study.baseline_arm,
         arms=reports,
-        data=_data_report(study, tuned, arms),
+        data=_data_report(arms),
         comparisons=tuple(_comparisons(study, arms)),
-        warnings=tuple(_warnings(tuned, arms)),
+        warnings=tuple(_warnings(arms)),
         notes=tuple(_notes(arms)),
     )
 
 
 def _arm_report(study: Study, name: str, seeds: Sequence[SeedResults]) -> ArmReport:
     first = seeds[0]
-    tuned = [seed.tuned for seed in seeds if seed.tuned is not None]
-    ledger = sum((result.training.ledger for result in tuned), Ledger())
-    parameters, flops, memory, router = _sizes(first)
+    ledgers = [tuned.training.ledger for seed in seeds for tuned in seed.tunings.values()]
     upcycled = first.upcycled
     return ArmReport(
         label=name,
         description=", then ".join(stage.label for stage in study.arms[name].stages),
         seeds=tuple(study.seeds),
-        parameters=parameters,
-        flops=flops,
-        ledger=ledger,
-        memory=memory,
-        before=_mean_evaluation([seed.evaluation(after=False) for seed in seeds]),
-        after=_mean_evaluation([seed.evaluation(after=True) for seed in seeds]),
-        curves=tuple(_curve(seed) for seed in seeds if seed.tuned is not None),
-        expert_load=_expert_load(tuned[0]) if tuned else None,
-        router_losses=router,
+        parameters=first.parameters,
+        flops=first.flops,
+        ledger=sum(ledgers, Ledger()),
+        memory=_memory(first),
+        before=_mean_evaluation([seed.before for seed in seeds]),
+        after=_mean_evaluation([seed.after for seed in seeds]),
+        curves=tuple(_curve(seed) for seed in seeds if seed.tunings),
+        expert_load=_expert_load(first.tuned) if first.tuned else None,
+        router_losses=_router_losses(first.tuned) if first.tuned else None,
         step0_max_abs_diff=upcycled.step0_max_abs_diff if upcycled else None,
     )
 
 
-def _sizes(
-    seed: SeedResults,
-) -> tuple[Parameters, Flops, Memory | None, RouterLosses | None]:
-    """Parameters, FLOPs, memory and router losses, from tuning if there was any, else from the model."""
-    tuned = seed.tuned
-    if tuned is None:
-        return *seed.untuned_size(), None, None
-    record = seed.tune_stage or {}
-    measured = record["peak_memory_bytes"] if record.get("peak_memory_is_of_this_stage") else None
-    return (
-        Parameters(
-            total=tuned.parameters.total,
-            active=tuned.parameters.active,
-            trainable=tuned.parameters.trainable,
-        ),
-        flops_of(tuned.flops),
-        Memory(estimate=tuned.memory.parts, measured=measured),
-        _router_losses(tuned),
-    )
+def _memory(seed: SeedResults) -> Memory | None:
+    if seed.tuned is None:
+        return None
+    return Memory(estimate=seed.tuned.memory.parts, measured=seed.tuning_peak_bytes)
 
 
 def _router_losses(tuned: TuneStageResult) -> RouterLosses | None:
@@ -130,12 +106,16 @@ def _expert_load(tuned: TuneStageResult) -> ExpertLoadReport | None:
 
 
 def _curve(seed: SeedResults) -> LossCurve:
-    assert seed.tuned is not None
-    points = seed.tuned.training.loss_history
-    return LossCurve(
-        seed=seed.seed,
-        points=tuple(CurvePoint(tokens=point.tokens, loss=point.loss) for point in points),
-    )
+    """The losses of all tunings of one seed, one after the other."""
+    points: list[CurvePoint] = []
+    tokens_before = 0
+    for tuned in seed.tunings.values():
+        points += [
+            CurvePoint(tokens=tokens_before + point.tokens, loss=point.loss)
+            for point in tuned.training.loss_history
+        ]
+        tokens_before += tuned.training.ledger.real_tokens
+    return LossCurve(seed=seed.seed, points=tuple(points))
 
 
 def _score(estimate: Estimate, *, chance: float | None = None) -> Score:
@@ -207,10 +187,9 @@ def _comparisons(study: Study, arms: Mapping[str, Sequence[SeedResults]]) -> lis
     found: list[Comparison] = []
     for number, seed in enumerate(study.seeds):
         shown = seed if len(study.seeds) > 1 else None
-        baseline = arms[study.baseline_arm][number].evaluation(after=True)
+        baseline = arms[study.baseline_arm][number].after
         for name, results in arms.items():
-            after = results[number].evaluation(after=True)
-            before = results[number].evaluation(after=False)
+            after, before = results[number].after, results[number].before
             draws = SeedTree(seed).child("comparison").child(name)
             if after and baseline and name != study.baseline_arm:
                 pair = _Pair(name, study.baseline_arm, "arms", shown)
@@ -260,44 +239,55 @@ def _comparison(pair: _Pair, metric: Metric, row: PairedDifference) -> Compariso
     )
 
 
-def _data_report(
-    study: Study, tuned: TuneStageResult | None, arms: Mapping[str, Sequence[SeedResults]]
-) -> DataReport:
-    evaluated = [
-        result
-        for seeds in arms.values()
-        for seed in seeds
-        if (result := seed.evaluation(after=True) or seed.evaluation(after=False))
-    ]
-    names = list(dict.fromkeys(task.task for result in evaluated for task in result.tasks))
-    kept_back = {name for seeds in arms.values() for seed in seeds for name in seed.evaluation_only}
-    if tuned is None:
-        return DataReport(held_out=tuple(names))
-    return DataReport(
-        tasks=_task_data(tuned),
-        num_seen=tuned.examples_seen,
-        num_dropped=tuned.packing.num_dropped,
-        num_truncated=tuned.packing.num_truncated,
-        padding_share=tuned.packing.padding_share,
+def _data_report(arms: Mapping[str, Sequence[SeedResults]]) -> DataReport:
+    every = [seed for seeds in arms.values() for seed in seeds]
+    names = list(
+        dict.fromkeys(task.task for seed in every if seed.last for task in seed.last.tasks)
+    )
+    kept_back = {name for seed in every for name in seed.evaluation_only}
+    evaluated = DataReport(
         held_out=tuple(name for name in names if name not in kept_back),
         evaluation_only=tuple(name for name in names if name in kept_back),
     )
+    tunings = _different_tunings(every)
+    if not tunings:
+        return evaluated
+    packing = merged(tuned.packing for tuned in tunings)
+    return evaluated.model_copy(
+        update={
+            "tasks": _task_data(tunings, packing),
+            "num_tunings": len(tunings),
+            "num_seen": max(tuned.examples_seen for tuned in tunings),
+            "num_dropped": packing.num_dropped,
+            "num_truncated": packing.num_truncated,
+            "padding_share": packing.padding_share,
+        }
+    )
 
 
-def _task_data(tuned: TuneStageResult) -> tuple[TaskData, ...]:
-    packed = tuned.packing.tasks
-    names = sorted({*tuned.task_sizes, *packed})
-    draws = {name: packed[name].examples if name in packed else 0 for name in names}
-    total = sum(draws.values())
+def _different_tunings(every: Sequence[SeedResults]) -> list[TuneStageResult]:
+    """Return the tunings without repeats: arms that say the same of their data draw the same rows."""
+    found: dict[str, TuneStageResult] = {}
+    for seed in every:
+        for label, tuned in seed.tunings.items():
+            drawn = [tuned.packing.to_mapping(), tuned.task_sizes, tuned.examples_seen]
+            found.setdefault(fingerprint([seed.seed, label, drawn]), tuned)
+    return list(found.values())
+
+
+def _task_data(tunings: Sequence[TuneStageResult], packing: PackingReport) -> tuple[TaskData, ...]:
+    sizes = {name: size for tuned in tunings for name, size in tuned.task_sizes.items()}
+    rejected = {name: number for tuned in tunings for name, number in tuned.rejected.items()}
+    draws = {name: packing.tasks.get(name, TaskCounts()).examples for name in sorted(sizes)}
     return tuple(
         TaskData(
             task=name,
-            num_examples=tuned.task_sizes.get(name, 0),
+            num_examples=sizes[name],
             num_draws=draws[name],
-            share=draws[name] / max(total, 1),
-            num_rejected=tuned.rejected.get(name, 0),
+            share=draws[name] / max(packing.num_examples, 1),
+            num_rejected=rejected.get(name, 0),
         )
-        for name in names
+        for name in draws
     )
 
 
@@ -309,7 +299,7 @@ def _scale(arms: Sequence[ArmReport], num_seeds: int) -> str:
     return f"A small run: up to {largest:.3g} million parameters, {tuning}, {seeds}."
 
 
-def _notes(arms: Mapping[str, Sequence[SeedResults]]) -> "list[str]":
+def _notes(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:
     notes: list[str] = []
     for name, seeds in arms.items():
         upcycled = seeds[0].upcycled
@@ -318,16 +308,28 @@ def _notes(arms: Mapping[str, Sequence[SeedResults]]) -> "list[str]":
                 f"Before tuning, no logit of the upcycled arm {name} differed by more than "
                 f"{upcycled.step0_max_abs_diff:.1e} from the dense model's on the probe text."
             )
-        result = seeds[0].evaluation(after=True) or seeds[0].evaluation(after=False)
+        result = seeds[0].last
         for skipped in result.skipped if result else ():
             notes.append(f"Task {skipped.task} was skipped: {skipped.reason}")
+    if len(machines := _machines(arms)) > 1:
+        names = "; ".join(f"{item.cpu}, {item.num_cores} cores" for item in machines)
+        notes.append(
+            f"The study ran on {len(machines)} machines, so seconds do not compare: {names}."
+        )
     return notes
 
 
-def _warnings(
-    tuned: TuneStageResult | None, arms: Mapping[str, Sequence[SeedResults]]
-) -> "list[str]":
-    """What was left out or cut: of the data once for all arms, of the questions for each arm."""
+def _machines(arms: Mapping[str, Sequence[SeedResults]]) -> list[Hardware]:
+    """The machines that finished the jobs, in order."""
+    found: list[Hardware] = []
+    for seed in (seed for seeds in arms.values() for seed in seeds):
+        if seed.hardware not in found:
+            found.append(seed.hardware)
+    return found
+
+
+def _warnings(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:
+    """What was left out or cut: of the data once where arms agree, of the questions for each arm."""
     found = {
         task: number
         for seeds in arms.values()
@@ -339,10 +341,9 @@ def _warnings(
         f"{'were' if number > 1 else 'was'} left out (`on_bad_record: skip`)."
         for task, number in found.items()
     ]
-    if tuned is not None:
-        sentences += _packing_warnings(tuned.packing)
+    sentences += _packing_warnings(arms)
     for name, seeds in arms.items():
-        result = seeds[0].evaluation(after=True) or seeds[0].evaluation(after=False)
+        result = seeds[0].last
         if result is not None and result.num_truncated:
             sentences.append(
                 f"{result.num_truncated:,} of the {result.num_examples:,} prompts that {name} answered were "
@@ -351,32 +352,24 @@ def _warnings(
     return sentences
 
 
-def _packing_warnings(packing: PackingReport) -> "list[str]":
+def _packing_warnings(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:
+    """Sentences about draws left out or cut, all tunings of an arm together; arms by name if they differ."""
+    packed = {
+        name: merged(tuned.packing for seed in seeds for tuned in seed.tunings.values())
+        for name, seeds in arms.items()
+        if seeds[0].tunings
+    }
+    alike = len({(found.num_dropped, found.num_truncated) for found in packed.values()}) == 1
     sentences: list[str] = []
-    if packing.num_dropped:
-        sentences.append(
-            f"{packing.num_dropped:,} draws were left out of training because they are longer than a row "
-            "(`packing.length`)."
-        )
-    if packing.num_truncated:
-        sentences.append(
-            f"{packing.num_truncated:,} draws were cut at their end to fit into a row (`packing.length`)."
-        )
-    return sentences
-
-
-def _hardware() -> Hardware:
-    return Hardware(
-        cpu=_cpu_name(),
-        num_cores=usable_cores(),
-        memory_bytes=psutil.virtual_memory().total,
-    )
-
-
-def _cpu_name() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    for name, found in packed.items():
+        draws = "draws" if alike else f"draws of {name}"
+        if found.num_dropped:
+            sentences.append(
+                f"{found.num_dropped:,} {draws} were left out of training because they are longer than a row "
+                "(`packing.length`)."
+            )
+        if found.num_truncated:
+            sentences.append(
+                f"{found.num_truncated:,} {draws} were cut at their end to fit into a row (`packing.length`)."
+            )
+    return list(dict.fromkeys(sentences))

@@ -4,6 +4,7 @@ The local executor gives every job a process of its own. That keeps the peak mem
 the other's, and keeps what libraries print away from our stdout.
 """
 
+import os
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from flanmoe.core.console import say
-from flanmoe.core.errors import DiskError
+from flanmoe.core.errors import ConfigError, DiskError
 from flanmoe.core.memory import peak_memory_bytes, peak_memory_of_children_bytes
 from flanmoe.core.rundir import RunDir
 from flanmoe.study.child import Errand, ask
@@ -77,6 +78,22 @@ class LocalExecutor:
                 ),
                 traceback_file=job.folder / "traceback.txt",
             )
+        )
+
+
+def require_one_process() -> None:
+    """Refuse to run a study where torchrun started several processes.
+
+    Every one of them would run the whole study into the same folder, on the same rows.
+
+    Raises:
+        ConfigError: says how many there are.
+    """
+    found = int(os.environ.get("WORLD_SIZE", "1"))
+    if found > 1:
+        raise ConfigError(
+            f"A study runs in 1 process, but torchrun started {found}. Run it without torchrun, or "
+            "tune in several processes from Python (`docs/guide/distributed.md`)."
         )
 
 

@@ -1,5 +1,6 @@
-"""What this machine can do: memory, disk, and the rate of its matrix products, measured in half a second."""
+"""What this machine is, and what it can do: memory, disk, and the rate of its matrix products, measured."""
 
+import platform
 import shutil
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 from flanmoe.core.config import Config
 from flanmoe.core.cores import usable_cores
+from flanmoe.study.report_data import Hardware
 
 
 class Machine(Config):
@@ -38,6 +40,25 @@ def this_machine(folder: Path, *, precision: str) -> Machine:
         disk_bytes=shutil.disk_usage(existing).free,
         flops_per_second=_matrix_rate(torch.bfloat16 if precision == "bfloat16" else torch.float32),
     )
+
+
+def hardware() -> Hardware:
+    """Describe this machine for a report."""
+    return Hardware(
+        cpu=_cpu_name(),
+        num_cores=usable_cores(),
+        memory_bytes=psutil.virtual_memory().total,
+        accelerator=torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+    )
+
+
+def _cpu_name() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _matrix_rate(dtype: torch.dtype, *, seconds: float = 0.3) -> float:

@@ -20,7 +20,7 @@ from flanmoe.models.memory import MemoryEstimate
 from flanmoe.models.meta import meta_model
 from flanmoe.models.plan import ParameterCount, count_parameters
 from flanmoe.models.upcycle import sparse_config
-from flanmoe.stages.recipe import EvaluateStage, TuneStage, UpcycleStage
+from flanmoe.stages.recipe import EvaluateStage, TuneStage, UpcycleStage, stated_context_length
 from flanmoe.stages.tune import tuning_size
 from flanmoe.study.machine import Machine, this_machine
 from flanmoe.study.report_text import size as size_text
@@ -41,8 +41,9 @@ class ArmPlan(Config):
 
     Attributes:
         stages: labels in order.
-        parameters: of the model that the arm ends with, trainable as in the last stage.
-        flops_per_token: forward FLOPs of one token of that model.
+        parameters: of the model that the arm ends with; trainable is what its last tuning trains, 0
+            where nothing is tuned.
+        flops_per_token: forward FLOPs of one token of that model, in the context of that tuning.
         memory: peak of its most demanding tuning; None where nothing is tuned.
         tokens: packed tokens that it is tuned on, padding included.
         training_flops: of all tuning steps, with the passes that count experts for router losses of
@@ -80,6 +81,11 @@ class StudyPlan(Config):
     arms: dict[str, ArmPlan]
     machine: Machine
     refusals: tuple[str, ...]
+
+    @property
+    def refusal(self) -> str | None:
+        """Why it cannot run here, None where it can."""
+        return f"This will not fit: {' '.join(self.refusals)}" if self.refusals else None
 
 
 def plan_study(study: Study, data_dir: Path | None, *, folder: Path | None = None) -> StudyPlan:
@@ -135,22 +141,20 @@ def _plan_arm(arm: Arm, machine: Machine) -> ArmPlan:
     config: PreTrainedConfig = load_config(arm.model)
     model = meta_model(config)
     memory: MemoryEstimate | None = None
-    parameters = count_parameters(model)
-    flops = count_flops(model, context_length=1024)
+    length = stated_context_length(arm.stages)
+    trainable = 0
     tokens, training_flops, all_flops, disk, last = 0, 0.0, 0.0, 0, 0
     for stage in arm.stages:
         match stage:
             case UpcycleStage():
                 config = sparse_config(config, stage)
                 model = meta_model(config)
-                parameters = count_parameters(model)
-                flops = count_flops(model, context_length=1024)
-                last = _model_bytes(parameters)
+                last = _model_bytes(count_parameters(model))
                 disk += last
             case TuneStage():
                 flops = count_flops(model, context_length=stage.train.length)
                 size = tuning_size(model, stage.train)
-                parameters = size.parameters
+                trainable = size.parameters.trainable
                 memory = max((memory, size.memory), key=lambda item: item.total if item else -1)
                 planned = stage.train.steps * stage.train.rows_per_step * stage.train.length
                 tokens += planned
@@ -159,14 +163,15 @@ def _plan_arm(arm: Arm, machine: Machine) -> ArmPlan:
                 )
                 training_flops += tuning_flops
                 all_flops += tuning_flops
-                last = _model_bytes(parameters)
-                disk += last + _num_checkpoints(stage.train) * _checkpoint_bytes(parameters)
+                last = _model_bytes(size.parameters)
+                disk += last + _num_checkpoints(stage.train) * _checkpoint_bytes(size.parameters)
             case EvaluateStage():
+                flops = count_flops(model, context_length=length)
                 all_flops += flops.total * _TOKENS_PER_QUESTION * (stage.limit or 1000)
     return ArmPlan(
         stages=tuple(stage.label for stage in arm.stages),
-        parameters=parameters,
-        flops_per_token=flops,
+        parameters=count_parameters(model).model_copy(update={"trainable": trainable}),
+        flops_per_token=count_flops(model, context_length=length),
         memory=memory,
         tokens=tokens,
         training_flops=training_flops,
@@ -200,7 +205,7 @@ def _checkpoint_bytes(parameters: ParameterCount) -> int:
     return _BYTES_FLOAT32 * (parameters.total + 2 * parameters.trainable)
 
 
-def refusals(arms: dict[str, ArmPlan], machine: Machine, *, seeds: int) -> "list[str]":
+def refusals(arms: dict[str, ArmPlan], machine: Machine, *, seeds: int) -> list[str]:
     """Return one sentence for each thing that will not fit on a machine."""
     found: list[str] = []
     for name, arm in arms.items():

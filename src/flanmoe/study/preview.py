@@ -1,7 +1,7 @@
 """Looking at examples as the model will see them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +32,27 @@ def preview_task(
     `split` None takes `train` where the task has splits.
     """
     configs = named_tasks([name], split=split, default_split=DEFAULT_SPLIT)
-    return _previews(configs, number, model=model, data_dir=data_dir)
+    return {"tasks": _previews({model: configs}, number, data_dir=data_dir)}
 
 
 def _previews(
-    configs: Sequence[TaskConfig], number: int, *, model: str, data_dir: Path | None
+    configs: Mapping[str, Sequence[TaskConfig]], number: int, *, data_dir: Path | None
 ) -> dict[str, Any]:
-    # A preview is there to find bad records, so it never stops at one.
-    lenient = [config.model_copy(update={"on_bad_record": "skip"}) for config in configs]
-    tasks = load_tasks(lenient, data_dir=data_dir)
-    tokenizer = HeldModel(model).text_tokenizer()
-    return {"tasks": {task.name: _preview(task, number, tokenizer) for task in tasks}}
+    """Show the tasks of each model once, by name; behind a name that is taken stands the model too."""
+    previews: dict[str, Any] = {}
+    for model, of_model in configs.items():
+        # A preview is there to find bad records, so it never stops at one.
+        lenient = [config.model_copy(update={"on_bad_record": "skip"}) for config in of_model]
+        tasks = {task.name: task for task in load_tasks(lenient, data_dir=data_dir)}
+        tokenizer = HeldModel(model).text_tokenizer()
+        for name, task in tasks.items():
+            title = f"{name} ({model})" if name in previews else name
+            previews[title] = _preview(task, title, number, tokenizer)
+    return previews
 
 
-def _preview(task: Task, number: int, tokenizer: Tokenizer) -> dict[str, Any]:
-    say(f"{task.name}: {task.size} examples, {len(task.rejected)} rejected")
+def _preview(task: Task, title: str, number: int, tokenizer: Tokenizer) -> dict[str, Any]:
+    say(f"{title}: {task.size} examples, {len(task.rejected)} rejected")
     shown: list[dict[str, Any]] = []
     for example in task.examples[:number]:
         rendered = render_chat(example, task.renderer, tokenizer, task.name)
@@ -92,9 +98,11 @@ def preview_file(path: Path, *, number: int, data_dir: Path | None) -> dict[str,
     Raises:
         DataError: if nothing is tuned in it.
     """
-    study = load_study(path)
-    for arm in study.arms.values():
+    configs: dict[str, list[TaskConfig]] = {}
+    for arm in load_study(path).arms.values():
         for stage in arm.stages:
             if isinstance(stage, TuneStage):
-                return _previews(stage.data.tasks, number, model=arm.model, data_dir=data_dir)
-    raise DataError(f"The file {path} needs a `tune` stage to preview its data, but has none.")
+                configs.setdefault(arm.model, []).extend(stage.data.tasks)
+    if not configs:
+        raise DataError(f"The file {path} needs a `tune` stage to preview its data, but has none.")
+    return {"tasks": _previews(configs, number, data_dir=data_dir)}

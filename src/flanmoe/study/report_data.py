@@ -218,13 +218,14 @@ class ArmReport(Config):
         label: name of the arm.
         description: what the arm is, in a few words.
         seeds: the seeds it ran with.
-        parameters: counts of the model that the arm ends with; none trainable where nothing was tuned.
-        flops: operations of one token.
-        ledger: costs of tuning, all seeds together.
-        memory: estimate and measurement of training.
+        parameters: counts of the model that the arm ends with; trainable is what its last tuning trained, 0
+            where nothing was tuned.
+        flops: operations of one token in that model.
+        ledger: costs of every tuning, all seeds together.
+        memory: estimate and measurement of the last tuning.
         before: scores before tuning, None where nothing was evaluated then.
         after: scores after tuning; over several seeds the mean over seeds.
-        curves: training losses, one curve a seed.
+        curves: training losses, one curve a seed through all its tunings.
         expert_load: use of experts during training, None for a dense model.
         router_losses: None for a dense model.
         step0_max_abs_diff: largest logit difference between the sparse model before tuning and the dense
@@ -274,7 +275,9 @@ class DataReport(Config):
 
     Attributes:
         tasks: training tasks and their shares.
-        num_seen: different examples that stand in the rows trained on.
+        num_tunings: tunings that drew rows of their own: of other data, with another seed, or one after
+            the other. Tasks, drops, cuts and padding are of all of them together.
+        num_seen: different examples that stand in the rows trained on; of several tunings the most.
         num_dropped: draws that were left out because they were longer than a row.
         num_truncated: draws that were cut to fit into a row.
         padding_share: padding over all tokens.
@@ -283,6 +286,7 @@ class DataReport(Config):
     """
 
     tasks: tuple[TaskData, ...] = ()
+    num_tunings: int = 1
     num_seen: int = 0
     num_dropped: int = 0
     num_truncated: int = 0

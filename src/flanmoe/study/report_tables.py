@@ -3,7 +3,14 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from flanmoe.study.report_data import ArmReport, Comparison, Evaluation, ReportData, TaskScore
+from flanmoe.study.report_data import (
+    ArmReport,
+    Comparison,
+    DataReport,
+    Evaluation,
+    ReportData,
+    TaskScore,
+)
 from flanmoe.study.report_text import (
     accuracy_text,
     difference_text,
@@ -54,10 +61,12 @@ def summary(data: ReportData) -> TextTable:
     rows: list[tuple[str, Callable[[ArmReport], str]]] = [
         ("Parameters, total", lambda arm: short(arm.parameters.total)),
         ("Parameters, active", lambda arm: short(arm.parameters.active)),
-        ("FLOPs per token, forward", lambda arm: short(arm.flops.total)),
     ]
     if data.was_tuned:
-        rows[2:2] = [("Parameters, trained", _tuned(lambda arm: short(arm.parameters.trainable)))]
+        trained = _tuned(lambda arm: short(arm.parameters.trainable))
+        rows.append(("Parameters, trained", trained))
+    rows.append(("FLOPs per token, forward", lambda arm: short(arm.flops.total)))
+    if data.was_tuned:
         rows += [
             ("Tokens tuned on", _tuned(lambda arm: short(arm.ledger.real_tokens))),
             ("Time of tuning", _tuned(lambda arm: duration(arm.ledger.seconds))),
@@ -255,7 +264,7 @@ def _data(data: ReportData) -> Section:
     counts = TextTable(
         ("quantity", "value"),
         (
-            ("different examples trained on", exact(report.num_seen)),
+            (_seen_label(report), exact(report.num_seen)),
             ("draws dropped (longer than a row)", exact(report.num_dropped)),
             ("draws truncated", exact(report.num_truncated)),
             ("padding, share of all tokens", percent(report.padding_share)),
@@ -271,6 +280,11 @@ def _data(data: ReportData) -> Section:
             f"Only ever evaluated, never trained on: {listed(report.evaluation_only)}."
         )
     return Section("Data", (mixture, counts), tuple(sentences))
+
+
+def _seen_label(report: DataReport) -> str:
+    several = f", most of {exact(report.num_tunings)} tunings" if report.num_tunings > 1 else ""
+    return f"different examples trained on{several}"
 
 
 _TUNING_COSTS: tuple[tuple[str, Callable[[ArmReport], str]], ...] = (

@@ -4,7 +4,6 @@ A stage that finished has a `result.json` whose fingerprint covers its own confi
 stages before it. On `--resume` such stages are not run again.
 """
 
-import os
 import shutil
 import time
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 from flanmoe.core.cache import fingerprint
 from flanmoe.core.config import Config, read_yaml
 from flanmoe.core.console import say
-from flanmoe.core.errors import ConfigError
 from flanmoe.core.memory import peak_memory_bytes, reset_peak_memory
 from flanmoe.core.rundir import RunDir
 from flanmoe.core.seeds import SeedTree
@@ -24,15 +22,19 @@ from flanmoe.models.plan import count_parameters
 from flanmoe.stages.context import StageContext
 from flanmoe.stages.evaluate import run_evaluate
 from flanmoe.stages.held_model import HeldModel
-from flanmoe.stages.recipe import EvaluateStage, Recipe, Stage, TuneStage, UpcycleStage
+from flanmoe.stages.recipe import (
+    EvaluateStage,
+    Stage,
+    TuneStage,
+    UpcycleStage,
+    stated_context_length,
+)
 from flanmoe.stages.tune import run_tune
 from flanmoe.stages.upcycle import run_upcycle
-from flanmoe.study.executor import RESULT_FILE, Executor, Job, run_jobs
+from flanmoe.study.executor import RESULT_FILE, Executor, Job, require_one_process, run_jobs
+from flanmoe.study.machine import hardware
 from flanmoe.study.study import Study
 from flanmoe.training.checkpoints import remove_checkpoints
-
-# Context that the FLOPs of a model are stated at where no tuning says another; a plan takes the same.
-_CONTEXT_LENGTH = 1024
 
 
 def run_study(
@@ -45,25 +47,10 @@ def run_study(
         RunError: if the folder holds something else, or `resume` finds nothing to resume.
         FlanmoeError: what a job raised; finished jobs are kept.
     """
-    run = open_study(study, folder, resume=resume)
+    require_one_process()
+    run = RunDir.open(folder, study, resume=resume)
     run_jobs(run, [Job(folder, arm, seed, data_dir) for arm, seed in study.jobs], executor)
     return run
-
-
-def open_study(study: Study, folder: Path, *, resume: bool) -> RunDir:
-    """Make the folder of a study, or open it again to go on; see `run_study`."""
-    _require_one_process()
-    return RunDir.open(folder, study, resume=resume)
-
-
-def _require_one_process() -> None:
-    # Every process would run the whole study into the same folder, on the same rows.
-    found = int(os.environ.get("WORLD_SIZE", "1"))
-    if found > 1:
-        raise ConfigError(
-            f"A study runs in 1 process, but torchrun started {found}. Run it without torchrun, or "
-            "tune in several processes from Python (`docs/guide/distributed.md`)."
-        )
 
 
 def run_job(*, study_dir: str, arm: str, seed: int, data_dir: str | None) -> None:
@@ -91,16 +78,21 @@ def run_arm(job: Job) -> None:
         held, result = _run_or_skip(stage, held, context, finished)
         results.append(result)
     _forget_intermediate_models(folder, results)
-    result = {"seconds": time.monotonic() - start, "model": _size(held), "stages": results}
+    result = {
+        "seconds": time.monotonic() - start,
+        "hardware": hardware().to_mapping(),
+        "model": _size(held, context_length=stated_context_length(recipe.stages)),
+        "stages": results,
+    }
     folder.write_json(RESULT_FILE, result)
 
 
-def _size(held: HeldModel) -> dict[str, Any]:
+def _size(held: HeldModel, *, context_length: int) -> dict[str, Any]:
     """Parameters and FLOPs of the model that an arm ends with, from its configuration."""
     model = meta_model(load_config(held.reference))
     return {
         "parameters": count_parameters(model).to_mapping(),
-        "flops": count_flops(model, context_length=_CONTEXT_LENGTH).to_mapping(),
+        "flops": count_flops(model, context_length=context_length).to_mapping(),
     }
 
 
@@ -152,9 +144,3 @@ def _forget_intermediate_models(folder: RunDir, results: list[dict[str, Any]]) -
         if model.is_relative_to(folder.path):
             shutil.rmtree(model, ignore_errors=True)
             say(f"  removed the intermediate model of `{result['label']}`; the last one is kept")
-
-
-def final_model(folder: RunDir, recipe: Recipe) -> str:
-    """Return the reference of the model that a finished arm ended with."""
-    stages = folder.read_json(RESULT_FILE)["stages"]
-    return stages[-1]["model"] if stages else recipe.model

@@ -12,17 +12,16 @@ stands once under `model:` and `defaults:` (one block a stage kind, merged under
       sparse: {stages: [{stage: upcycle}, {stage: tune}]}
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from flanmoe.core.config import Config, apply_overrides, read_yaml
+from flanmoe.core.config import Config, apply_overrides, read_yaml, set_values
 from flanmoe.core.errors import ConfigError
 from flanmoe.core.names import listing, nearest_name_hint
-from flanmoe.stages.recipe import STAGE_KINDS, EvaluateStage, Recipe, Stages
+from flanmoe.stages.recipe import EvaluateStage, Recipe, StageDefaults, Stages
 
 
 class Arm(Config):
@@ -108,8 +107,8 @@ class Study(Config):
 def load_study(path: Path, *, overrides: Sequence[str] = (), profile: str | None = None) -> Study:
     """Read a recipe or a study from a YAML file.
 
-    A profile is a named set of dotted overrides in the file (`profiles: {smoke: {defaults.tune.train.steps:
-    2}}`); `overrides` come after it and win.
+    A profile is a named set of dotted keys in the file (`profiles: {smoke: {defaults.tune.train.steps: 2}}`)
+    whose values are taken as they stand there; `overrides` come after it and win.
 
     Raises:
         ConfigError: lists every problem with its dotted path.
@@ -127,9 +126,9 @@ def study_from_mapping(
     origin: str = "study",
 ) -> Study:
     """Build a study from the plain values of a file; see `load_study`."""
-    values = dict(values)
-    profiles = _checked_profiles(values.pop("profiles", None), origin)
-    values = apply_overrides(values, [*_profile_overrides(profiles, profile, origin), *overrides])
+    changes = _profile(values, profile, origin)
+    written = {key: value for key, value in values.items() if key != "profiles"}
+    values = apply_overrides(set_values(written, changes), overrides)
     if "stages" in values and "arms" not in values:
         recipe = Recipe.parse(values, origin=origin)
         arm = Arm(model=recipe.model, stages=recipe.stages)
@@ -139,66 +138,45 @@ def study_from_mapping(
             seeds=(recipe.seed,),
             arms={recipe.name.replace(".", "-"): arm},
         )
-    defaults = _checked_defaults(values.pop("defaults", None), origin)
+    defaults = _part(_Defaults, values, origin).defaults.given
+    values.pop("defaults", None)
     study = Study.parse(_with_defaults(values, defaults), origin=origin)
     _check_every_default_is_used(study, defaults, origin)
     return study
 
 
-def _problem(origin: str, path: str, sentence: str) -> ConfigError:
-    return ConfigError(f"{origin} has 1 problem:\n  {path}: {sentence}")
+class _Profiles(Config):
+    """Named sets of dotted keys to values."""
+
+    profiles: dict[str, dict[str, Any]] = {}
 
 
-def _mapping(value: Any, origin: str, path: str, what: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _problem(origin, path, f"must be a mapping of {what}, but is {value!r}.")
-    return cast("dict[str, Any]", value)
+class _Defaults(Config):
+    """What the stages of all arms share."""
+
+    defaults: StageDefaults = StageDefaults()
 
 
-def _checked_profiles(profiles: Any, origin: str) -> dict[str, dict[str, Any]]:
-    if profiles is None:
-        return {}
-    named = _mapping(profiles, origin, "profiles", "names to overrides")
-    what = "dotted keys to values"
-    return {
-        name: _mapping(overrides, origin, f"profiles.{name}", what)
-        for name, overrides in named.items()
-    }
+_Part = TypeVar("_Part", bound=Config)
 
 
-def _profile_overrides(
-    profiles: Mapping[str, Mapping[str, Any]], profile: str | None, origin: str
-) -> list[str]:
+def _part(kind: type[_Part], values: Mapping[str, Any], origin: str) -> _Part:
+    """Validate the one part of a file that is not the study itself; nothing there is nothing said."""
+    (field,) = kind.model_fields
+    given = values.get(field)
+    return kind.parse({} if given is None else {field: given}, origin=origin)
+
+
+def _profile(values: Mapping[str, Any], profile: str | None, origin: str) -> dict[str, Any]:
+    profiles = _part(_Profiles, values, origin).profiles
     if profile is None:
-        return []
+        return {}
     if profile not in profiles:
         raise ConfigError(
             f"{origin} has no profile `{profile}`.{nearest_name_hint(profile, profiles)} "
             f"Known: {listing(profiles) or 'none'}."
         )
-    # Overrides are read as YAML, of which JSON is a part: what the file says arrives as it stands there.
-    return [
-        f"{key}={json.dumps(value, ensure_ascii=False, default=str)}"
-        for key, value in profiles[profile].items()
-    ]
-
-
-def _checked_defaults(defaults: Any, origin: str) -> dict[str, dict[str, Any]]:
-    if defaults is None:
-        return {}
-    kinds = _mapping(defaults, origin, "defaults", "stage kinds to settings")
-    for kind in kinds:
-        if kind not in STAGE_KINDS:
-            raise _problem(
-                origin,
-                f"defaults.{kind}",
-                f"unknown stage kind `{kind}`.{nearest_name_hint(str(kind), STAGE_KINDS)} "
-                f"Known: {listing(STAGE_KINDS)}.",
-            )
-    return {
-        kind: _mapping(settings, origin, f"defaults.{kind}", "settings to values")
-        for kind, settings in kinds.items()
-    }
+    return profiles[profile]
 
 
 def _check_every_default_is_used(
@@ -207,10 +185,9 @@ def _check_every_default_is_used(
     used = {stage.stage for arm in study.arms.values() for stage in arm.stages}
     for kind in defaults:
         if kind not in used:
-            raise _problem(
-                origin,
-                f"defaults.{kind}",
-                f"has no effect: every arm lacks a stage `{kind}`. Take it out, or add the stage.",
+            raise ConfigError(
+                f"{origin} has 1 problem:\n  defaults.{kind}: has no effect: every arm lacks a stage "
+                f"`{kind}`. Take it out, or add the stage."
             )
 
 

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from flanmoe.core import files
-from flanmoe.core.errors import DiskError, FlanmoeError
+from flanmoe.core.errors import DiskError, FlanmoeError, unexpected
 
 # Imported by name once we are ready for Ctrl-C: they load torch, which takes seconds.
 _TASKS = {
-    "prepare": ("flanmoe.study.main_job", "prepare"),
-    "prepare_quickstart": ("flanmoe.study.main_job", "prepare_quickstart"),
+    "prepare": ("flanmoe.study.prepare", "prepare"),
+    "prepare_quickstart": ("flanmoe.study.prepare", "prepare_quickstart"),
     "run_job": ("flanmoe.study.runner", "run_job"),
-    "report": ("flanmoe.study.main_job", "report"),
+    "report": ("flanmoe.study.outcome", "rebuild_report"),
 }
 _STOPPED = 130
 
@@ -54,21 +54,20 @@ def _answer(task: str, values: Mapping[str, Any], traceback_file: Path | None) -
     except FlanmoeError as error:
         return {"message": str(error), "exit_code": error.exit_code}
     except Exception as error:
-        sentence = f"An unexpected {type(error).__name__} stopped the command: {error}."
-        return {"message": f"{sentence} {_details(traceback_file)}", "exit_code": 1}
+        return {"message": _unexpected(error, traceback_file), "exit_code": 1}
 
 
-def _details(traceback_file: Path | None) -> str:
+def _unexpected(error: Exception, traceback_file: Path | None) -> str:
     """Keep the traceback of the error in hand, and say where."""
     if os.environ.get("FLANMOE_TRACEBACK"):
         traceback.print_exc()
     if traceback_file is None:
-        return "Set FLANMOE_TRACEBACK=1 to see where, and please report it."
+        return unexpected(error)
     try:
         files.write_text(traceback_file, traceback.format_exc())
-    except DiskError as error:
-        return str(error)
-    return f"The details are in {traceback_file}; please report it."
+    except DiskError as full:
+        return unexpected(error, way_out=str(full))
+    return unexpected(error, way_out=f"The details are in {traceback_file}; please report it.")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,94 @@
+"""What came out of a run: its report, and the summary that `--json` prints."""
+
+from pathlib import Path
+from typing import Any
+
+from flanmoe.core.config import read_yaml
+from flanmoe.core.console import say, show_table, warn
+from flanmoe.core.rundir import RunDir
+from flanmoe.study.collect import collect
+from flanmoe.study.executor import COSTS_FILE
+from flanmoe.study.records import SeedResults
+from flanmoe.study.report import summary_table, write_report
+from flanmoe.study.report_data import ArmReport, Evaluation, ReportData, Score
+from flanmoe.study.study import Study
+
+
+def rebuild_report(folder: Path | str) -> dict[str, Any]:
+    """Write the report of a finished run, for the first time or again; returns what `--json` prints.
+
+    Raises:
+        RunError: if `folder` is not a run's, or an arm is not finished.
+    """
+    run = RunDir.existing(Path(folder))
+    study = Study.parse(read_yaml(run.file("recipe.yaml")), origin="recipe.yaml")
+    data = collect(study, run)
+    paths = write_report(data, run.path)
+    show_table(summary_table(data))
+    for sentence in data.warnings:
+        warn(sentence)
+    say(f"Report: {paths.html}")
+    return _summary(study, run, data) | {"report": str(paths.html)}
+
+
+def _summary(study: Study, run: RunDir, data: ReportData) -> dict[str, Any]:
+    differences = [
+        arm.step0_max_abs_diff for arm in data.arms if arm.step0_max_abs_diff is not None
+    ]
+    loads = [arm.expert_load for arm in data.arms if arm.expert_load is not None]
+    return {
+        "study": study.name,
+        "folder": str(run.path),
+        "step0_max_abs_diff": max(differences) if differences else None,
+        "arms": {arm.label: _arm_summary(arm) for arm in data.arms},
+        "parameters": {arm.label: arm.parameters.to_mapping() for arm in data.arms},
+        "tokens": max(arm.ledger.real_tokens for arm in data.arms),
+        "seconds": sum(row["seconds"] for row in run.rows(COSTS_FILE)),
+        "peak_memory_bytes": _peak_memory(study, run),
+        "expert_load": [list(row) for row in loads[0].shares] if loads else None,
+        "comparisons": [item.to_mapping() | {"verdict": item.verdict} for item in data.comparisons],
+    }
+
+
+def _arm_summary(arm: ArmReport) -> dict[str, Any]:
+    return {
+        "before": _evaluation_summary(arm.before),
+        "after": _evaluation_summary(arm.after),
+        "tokens": arm.ledger.real_tokens,
+        "training_seconds": arm.ledger.seconds,
+        "training_flops": arm.ledger.flops,
+        "flops_per_token": arm.flops.total,
+        "peak_memory_bytes": arm.ledger.peak_memory_bytes,
+    }
+
+
+def _evaluation_summary(evaluation: Evaluation | None) -> dict[str, Any] | None:
+    if evaluation is None:
+        return None
+    return {
+        **_score_summary("loss", evaluation.loss),
+        **(_score_summary("accuracy", evaluation.accuracy) if evaluation.accuracy else {}),
+        "tasks": len(evaluation.tasks),
+    }
+
+
+def _score_summary(name: str, score: Score) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        name: score.mean,
+        f"{name}_standard_error": score.standard_error,
+        f"{name}_examples": score.num_examples,
+    }
+    return found if score.chance is None else {**found, f"{name}_chance": score.chance}
+
+
+def _peak_memory(study: Study, run: RunDir) -> int:
+    """The most that the parent and one of its children can have held at a time."""
+    rows = run.rows(COSTS_FILE)
+    stages = [
+        stage["peak_memory_bytes"]
+        for arm, seed in study.jobs
+        for stage in SeedResults(run.path, arm, seed).stages
+    ]
+    children = [row["peak_memory_of_children_bytes"] for row in rows]
+    parents = [row["peak_memory_bytes"] for row in rows]
+    return max([*stages, *children]) + max(parents, default=0)

@@ -1,0 +1,90 @@
+"""`flanmoe run` and `flanmoe quickstart` before the first job: read the study, plan it, make its folder.
+
+`launch` is the process that sends for it.
+"""
+
+from collections.abc import Sequence
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flanmoe.core.console import show_table
+from flanmoe.core.errors import UserError
+from flanmoe.core.rundir import RunDir
+from flanmoe.data.tasks import TaskConfig, expand
+from flanmoe.study.plan import plan_study, plan_table
+from flanmoe.study.study import Study, load_study, study_from_mapping
+
+_DEFAULT_MINUTES = 15.0
+
+
+def quickstart_study(*, minutes: float, overrides: Sequence[str]) -> Study:
+    """Return the quickstart's study with tuning and evaluation scaled to a budget.
+
+    Tokens are a function of `minutes` alone and not of the machine's speed, so that a run can be repeated.
+    """
+    resource = package_files("flanmoe.study").joinpath("quickstart.yaml")
+    values = yaml.safe_load(resource.read_text(encoding="utf-8"))
+    share = minutes / _DEFAULT_MINUTES
+    steps = max(1, round(values["defaults"]["tune"]["train"]["steps"] * share))
+    limit = values["defaults"]["evaluate"]["limit"]
+    # A limited suite needs one example of each task.
+    fewest = len(
+        expand([TaskConfig.parse(task) for task in values["defaults"]["evaluate"]["tasks"]])
+    )
+    scaled = [
+        f"defaults.tune.train.steps={steps}",
+        # The first of n warm-up steps has rate 0: with no step beside them nothing would train.
+        f"defaults.tune.train.warmup_steps={min(2, steps - 1)}",
+        f"defaults.evaluate.limit={max(fewest, min(limit, round(limit * share)))}",
+    ]
+    changes = [] if share == 1 else scaled
+    return study_from_mapping(values, overrides=[*changes, *overrides], origin="quickstart.yaml")
+
+
+def prepare(
+    *,
+    file: str,
+    overrides: Sequence[str],
+    profile: str | None,
+    folder: str | None,
+    data_dir: str | None,
+    resume: bool,
+) -> dict[str, Any]:
+    """Read a recipe or a study, plan it and make its folder; see `launch.run_file` for the arguments.
+
+    Returns:
+        `folder`, and in `jobs` arm and seed of every job.
+
+    Raises:
+        UserError: if an arm does not fit this machine, or something asked for cannot be done.
+    """
+    study = load_study(Path(file), overrides=overrides, profile=profile)
+    return _prepare(study, folder, data_dir=data_dir, resume=resume)
+
+
+def prepare_quickstart(
+    *, minutes: float, overrides: Sequence[str], folder: str | None, resume: bool
+) -> dict[str, Any]:
+    """Plan the quickstart's study and make its folder; see `prepare`."""
+    study = quickstart_study(minutes=minutes, overrides=overrides)
+    return _prepare(study, folder, data_dir=None, resume=resume)
+
+
+def _prepare(
+    study: Study, folder: str | None, *, data_dir: str | None, resume: bool
+) -> dict[str, Any]:
+    path = Path(folder) if folder else Path("runs") / study.name
+    if not resume:
+        _check_plan(study, Path(data_dir) if data_dir else None, path)
+    run = RunDir.open(path, study, resume=resume)
+    return {"folder": str(run.path), "jobs": [[arm, seed] for arm, seed in study.jobs]}
+
+
+def _check_plan(study: Study, data_dir: Path | None, folder: Path) -> None:
+    planned = plan_study(study, data_dir, folder=folder)
+    show_table(plan_table(planned))
+    if planned.refusal:
+        raise UserError(planned.refusal)
