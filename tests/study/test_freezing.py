@@ -160,7 +160,10 @@ def test_a_model_on_disk_remembers_no_dropout(sparse_base: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_recipe_freezes_and_drops(sparse_base: Path, sums_file: Path, tmp_path: Path) -> None:
-    stage = tune_stage(sums_file, freeze=["gate", "attention"], expert_dropout=0.2)
+    # Rows enough that every expert gets tokens: one without stays as it was too.
+    stage = tune_stage(
+        sums_file, freeze=["gate", "attention"], expert_dropout=0.2, rows_per_step=16
+    )
     evaluate = {"stage": "evaluate", "tasks": ["exemplars/bbh/snarks"], "limit": 2}
     before, after = ({**evaluate, "label": label} for label in ("before", "after"))
     path = tmp_path / "frozen.yaml"
@@ -179,6 +182,7 @@ def test_a_recipe_freezes_and_drops(sparse_base: Path, sums_file: Path, tmp_path
     freeze(frozen_model, ["gate", "attention"])
     assert WhatTrains.parse(details["training"]["trains"]) == what_trains(frozen_model)
     assert parameters["trainable"] == what_trains(frozen_model).trained
+    assert min(share for layer in json.loads(done.stdout)["expert_load"] for share in layer) > 0.01
 
     old, new = (
         load_file(sparse_base / "model.safetensors"),

@@ -26,6 +26,7 @@ from flanmoe.study.report_data import (
     ReportData,
     Score,
 )
+from flanmoe.study.report_tables import summary
 
 _VOID = {"meta", "link", "br", "hr", "img", "input", "wbr", "col"}
 
@@ -208,7 +209,7 @@ def test_one_dense_arm_without_accuracy_or_comparisons(one_dense_arm: ReportData
     markdown = markdown_report(one_dense_arm)
     page = _Page(html_report(one_dense_arm))
     assert "No paired comparison was made, so this report claims no difference." in markdown
-    assert "| Loss before | not evaluated |" in markdown
+    assert "| Loss before |" not in markdown
     assert "| Accuracy after | no choices |" in markdown
     assert "expert" not in markdown.lower()
     assert "Better" not in page.text
@@ -268,6 +269,21 @@ def test_terminal_table_fits_80_columns(two_arms: ReportData) -> None:
         assert words in text
     for words in ("1.912 ± 0.044", "1.652 ± 0.044", "41.2 % ± 3.4", "43.1 % ± 3.4", "× even"):
         assert words in text
+
+
+def test_many_arms_have_a_row_each_and_only_what_differs_has_a_column(two_arms: ReportData) -> None:
+    dense = two_arms.arms[0].model_copy(update={"before": None, "description": "tune"})
+    arms = [dense.model_copy(update={"label": f"arm-{number}"}) for number in range(6)]
+    ledger = dense.ledger.model_copy(update={"seconds": dense.ledger.seconds + 60})
+    arms[2] = arms[2].model_copy(update={"ledger": ledger})
+    found = summary(two_arms.model_copy(update={"arms": tuple(arms), "baseline": "arm-0"}))
+    assert found.header == ("", "Time of tuning")
+    assert [row[0] for row in found.rows] == [arm.label for arm in arms]
+    assert len({row[1] for row in found.rows}) == 2
+    assert found.note.startswith("The same in every arm: Parameters, total: ")
+    assert "Every arm: tune." in found.note
+    assert "before" not in found.note
+    assert len(summary(two_arms).header) == 3
 
 
 def test_a_foreign_report_is_refused(tmp_path: Path) -> None:

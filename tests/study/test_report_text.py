@@ -18,6 +18,7 @@ from flanmoe.study.report_data import (
 from flanmoe.study.report_text import (
     accuracy_text,
     claim_sentence,
+    claims,
     duration,
     limits,
     listed,
@@ -118,6 +119,47 @@ def test_every_seed_is_named_in_the_verdict(two_arms: ReportData) -> None:
         "measurable difference in loss (seed 2); it costs 1.00×"
     )
     assert claim_sentence(first).endswith("n = 186, seed 1).")
+
+
+def _many(two_arms: ReportData, decided: int) -> ReportData:
+    """Fourteen comparisons with the baseline, of which the first ones exclude zero."""
+    found = [
+        _compared(-0.03, -0.01 if number < decided else 0.01).model_copy(
+            update={"subject": f"arm-{number}"}
+        )
+        for number in range(14)
+    ]
+    return two_arms.model_copy(update={"comparisons": tuple(found)})
+
+
+def test_of_many_arms_those_that_differ_come_first_and_the_others_in_one_sentence(
+    two_arms: ReportData,
+) -> None:
+    assert verdict(_many(two_arms, 1)) == (
+        "Against dense, arm-0 after tuning shows a better loss (0.0200 nats per token lower). "
+        "Against dense, 13 other arms show no measurable difference in loss."
+    )
+    assert verdict(_many(two_arms, 0)) == (
+        "Against dense, 14 arms show no measurable difference in loss."
+    )
+    assert "other" not in verdict(_many(two_arms, 14))
+
+
+def test_of_many_comparisons_those_that_show_nothing_are_gathered(two_arms: ReportData) -> None:
+    comparisons = list(_many(two_arms, 2).comparisons)
+    comparisons[-1] = comparisons[-1].model_copy(update={"seed": 3})
+    told = claims(comparisons)
+    assert told[:2] == tuple(("better", claim_sentence(item)) for item in comparisons[:2])
+    names = ", ".join(f"arm-{number}" for number in range(2, 13))
+    assert told[2:] == (
+        (
+            "unclear",
+            "No evidence of a difference in loss from dense, each interval includes zero: "
+            f"{names} and arm-13 (seed 3).",
+        ),
+    )
+    few = comparisons[:12]
+    assert claims(few) == tuple((item.verdict, claim_sentence(item)) for item in few)
 
 
 def test_without_comparisons_nothing_is_claimed(one_dense_arm: ReportData) -> None:

@@ -12,7 +12,6 @@ import torch
 from flanmoe.core import files
 from flanmoe.core.errors import DiskError, RunError
 from flanmoe.testing.tiny_models import tiny_model
-from flanmoe.training import checkpoints
 from flanmoe.training.checkpoints import (
     MARKER,
     RunState,
@@ -59,7 +58,7 @@ def test_the_marker_is_written_last_and_names_the_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    flush, write_json = checkpoints._flush, files.write_json
+    flush, write_json = files.flush, files.write_json
 
     def flushing(path: Path) -> None:
         order.append(f"flush {path.name}")
@@ -69,7 +68,7 @@ def test_the_marker_is_written_last_and_names_the_files(
         order.append(f"write {path.name}")
         write_json(path, value)
 
-    monkeypatch.setattr(checkpoints, "_flush", flushing)
+    monkeypatch.setattr(files, "flush", flushing)
     monkeypatch.setattr(files, "write_json", marking)
     checkpoint = write(tmp_path, 3)
     marker = json.loads((checkpoint / MARKER).read_text())

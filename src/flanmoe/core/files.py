@@ -65,11 +65,16 @@ def whole_folder(folder: Path, *, marker: str) -> Generator[Path]:
         partial.mkdir(parents=True)
         try:
             yield partial
+            for path in partial.rglob("*"):
+                flush(path)
             # Renamed inside `folder`, which may be the top of a disk and so cannot be renamed itself.
             for path in sorted(partial.iterdir(), key=lambda path: path.name == marker):
-                _flush(path)
+                if path.name == marker:
+                    # Only a flushed folder keeps the names before it through a power cut.
+                    flush(folder)
                 os.replace(path, folder / path.name)
             partial.rmdir()
+            flush(folder)
         except BaseException:
             (folder / marker).unlink(missing_ok=True)
             shutil.rmtree(folder if is_new else partial, ignore_errors=True)
@@ -86,7 +91,8 @@ def _empty(folder: Path, *, first: str) -> None:
             path.unlink()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Bring what was written to a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

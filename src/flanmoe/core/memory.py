@@ -21,13 +21,17 @@ def peak_memory_bytes() -> int:
     """Return the peak resident set size in bytes since the last reset (or since process start)."""
     if _STATUS.exists():
         return _status_peak_bytes()
-    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return usage if sys.platform == "darwin" else usage * 1024
+    return _used_bytes(resource.RUSAGE_SELF)
 
 
 def peak_memory_of_children_bytes() -> int:
     """Return the largest peak of the child processes that have ended, each since its own last reset."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return _used_bytes(resource.RUSAGE_CHILDREN)
+
+
+def _used_bytes(who: int) -> int:
+    usage = resource.getrusage(who).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
     return usage if sys.platform == "darwin" else usage * 1024
 
 

@@ -32,6 +32,7 @@ from flanmoe.study.report_data import (
     TaskData,
     TaskScore,
 )
+from flanmoe.study.report_text import listed
 from flanmoe.study.study import Study
 
 
@@ -64,7 +65,6 @@ def collect(study: Study, run: RunDir) -> ReportData:
 def _arm_report(study: Study, name: str, seeds: Sequence[SeedResults]) -> ArmReport:
     first = seeds[0]
     ledgers = [tuned.training.ledger for seed in seeds for tuned in seed.tunings.values()]
-    upcycled = first.upcycled
     return ArmReport(
         label=name,
         description=", then ".join(stage.label for stage in study.arms[name].stages),
@@ -78,7 +78,7 @@ def _arm_report(study: Study, name: str, seeds: Sequence[SeedResults]) -> ArmRep
         curves=tuple(_curve(seed) for seed in seeds if seed.tunings),
         expert_load=_expert_load(first.tuned) if first.tuned else None,
         router_losses=_router_losses(first.tuned) if first.tuned else None,
-        step0_max_abs_diff=upcycled.step0_max_abs_diff if upcycled else None,
+        step0_max_abs_diff=_step0_difference(seeds),
     )
 
 
@@ -300,23 +300,39 @@ def _scale(arms: Sequence[ArmReport], num_seeds: int) -> str:
 
 
 def _notes(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:
-    notes: list[str] = []
-    for name, seeds in arms.items():
-        upcycled = seeds[0].upcycled
-        if upcycled is not None:
-            notes.append(
-                f"Before tuning, no logit of the upcycled arm {name} differed by more than "
-                f"{upcycled.step0_max_abs_diff:.1e} from the dense model's on the probe text."
-            )
-        result = seeds[0].last
-        for skipped in result.skipped if result else ():
-            notes.append(f"Task {skipped.task} was skipped: {skipped.reason}")
+    notes = [
+        f"Before tuning, no logit of the upcycled {'arms' if len(names) > 1 else 'arm'} {listed(names)} "
+        f"differed by more than {difference} from the dense model's on the probe text."
+        for difference, names in _step0_differences(arms).items()
+    ]
+    results = [seed.last for seeds in arms.values() for seed in seeds if seed.last]
+    notes += dict.fromkeys(
+        f"Task {skipped.task} was skipped: {skipped.reason}"
+        for result in results
+        for skipped in result.skipped
+    )
     if len(machines := _machines(arms)) > 1:
         names = "; ".join(f"{item.cpu}, {item.num_cores} cores" for item in machines)
         notes.append(
             f"The study ran on {len(machines)} machines, so seconds do not compare: {names}."
         )
     return notes
+
+
+def _step0_differences(arms: Mapping[str, Sequence[SeedResults]]) -> dict[str, list[str]]:
+    """Return the arms by their logit difference at step 0, those that agree together."""
+    found: dict[str, list[str]] = {}
+    for name, seeds in arms.items():
+        difference = _step0_difference(seeds)
+        if difference is not None:
+            found.setdefault(f"{difference:.1e}", []).append(name)
+    return found
+
+
+def _step0_difference(seeds: Sequence[SeedResults]) -> float | None:
+    """The largest logit difference at step 0 of all seeds, None where nothing was upcycled."""
+    differences = [seed.upcycled.step0_max_abs_diff for seed in seeds if seed.upcycled]
+    return max(differences, default=None)
 
 
 def _machines(arms: Mapping[str, Sequence[SeedResults]]) -> list[Hardware]:

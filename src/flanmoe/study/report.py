@@ -16,7 +16,7 @@ from flanmoe.core import files
 from flanmoe.study.plots import Drawing, drawings
 from flanmoe.study.report_data import ReportData
 from flanmoe.study.report_tables import Section, TextTable, sections, summary
-from flanmoe.study.report_text import EVIDENCE_RULE, claim_sentence, limits, verdict
+from flanmoe.study.report_text import EVIDENCE_RULE, claims, limits, verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +77,15 @@ def html_report(data: ReportData) -> str:
 
 
 def summary_table(data: ReportData) -> Table:
-    """Return the key table for the terminal: a column an arm, a row a quantity."""
+    """Return the key table for the terminal; see `report_tables.summary`."""
     text = summary(data)
     table = Table(title=data.study, caption=text.note, caption_justify="left", title_justify="left")
     for number, name in enumerate(text.header):
-        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+        is_name = number == 0
+        justify = "left" if is_name else "right"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=is_name)
     for row in text.rows:
-        table.add_row(*row, end_section=row[0] in ("Parameters, trained", "Peak memory"))
+        table.add_row(*row, end_section=row[0] in text.group_ends)
     return table
 
 
@@ -91,7 +93,7 @@ def _page(data: ReportData) -> _Page:
     return _Page(
         data=data,
         verdict=verdict(data),
-        claims=tuple((item.verdict, claim_sentence(item)) for item in data.comparisons),
+        claims=claims(data.comparisons),
         evidence_rule=EVIDENCE_RULE,
         summary=summary(data),
         drawings=drawings(data),

@@ -28,6 +28,7 @@ from flanmoe.study.report_text import (
 )
 
 _MOST_CURVE_ROWS = 20
+_MOST_ARM_COLUMNS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +40,14 @@ class TextTable:
         rows: as many cells each.
         note: a sentence below it.
         title: a line above it.
+        group_ends: first cells of the rows that a line is drawn below.
     """
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     title: str = ""
+    group_ends: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,10 @@ class Section:
 
 
 def summary(data: ReportData) -> TextTable:
-    """The key table: a column an arm, a row a quantity."""
+    """The key table: a column an arm, a row a quantity.
+
+    Many arms have a row each, and a column for each quantity in which they differ.
+    """
     rows: list[tuple[str, Callable[[ArmReport], str]]] = [
         ("Parameters, total", lambda arm: short(arm.parameters.total)),
         ("Parameters, active", lambda arm: short(arm.parameters.active)),
@@ -77,11 +83,23 @@ def summary(data: ReportData) -> TextTable:
     if any(arm.expert_load for arm in data.arms):
         rows.append(("Busiest expert", _busiest_text))
         rows.append(("Unused experts", _unused_text))
-    return TextTable(
+    table = TextTable(
         header=("", *(arm.label for arm in data.arms)),
         rows=tuple((name, *(cell(arm) for arm in data.arms)) for name, cell in rows),
         note=_summary_note(data),
+        group_ends=("Parameters, trained", "Peak memory"),
     )
+    return table if len(data.arms) <= _MOST_ARM_COLUMNS else _turned(table)
+
+
+def _turned(table: TextTable) -> TextTable:
+    """Return the table with a row an arm; what is the same in every arm goes into its note."""
+    shared = [f"{name}: {cells[0]}" for name, *cells in table.rows if len(set(cells)) == 1]
+    differing = [row for row in table.rows if len(set(row[1:])) > 1]
+    note = f"The same in every arm: {'; '.join(shared)}. " if shared else ""
+    columns = (table.header, *differing)
+    header, *rows = zip(*columns, strict=True)
+    return TextTable(header=header, rows=tuple(rows), note=note + table.note)
 
 
 def _score_rows(data: ReportData) -> list[tuple[str, Callable[[ArmReport], str]]]:
@@ -90,12 +108,17 @@ def _score_rows(data: ReportData) -> list[tuple[str, Callable[[ArmReport], str]]
             ("Loss", lambda arm: _loss(arm.before)),
             ("Accuracy", lambda arm: _accuracy(arm.before)),
         ]
-    return [
+    rows: list[tuple[str, Callable[[ArmReport], str]]] = [
         ("Loss before", lambda arm: _loss(arm.before)),
         ("Loss after", lambda arm: _loss(arm.after)),
         ("Accuracy before", lambda arm: _accuracy(arm.before)),
         ("Accuracy after", lambda arm: _accuracy(arm.after)),
     ]
+    evaluated = {
+        "before": any(arm.before for arm in data.arms),
+        "after": any(arm.after for arm in data.arms),
+    }
+    return [row for row in rows if evaluated[row[0].split()[1]]]
 
 
 def _tuned(cell: Callable[[ArmReport], str]) -> Callable[[ArmReport], str]:
@@ -144,7 +167,7 @@ def _summary_note(data: ReportData) -> str:
     evaluations = [
         evaluation for arm in data.arms for evaluation in (arm.before, arm.after) if evaluation
     ]
-    sentences = [f"{arm.label}: {arm.description}." for arm in data.arms if arm.description]
+    sentences = _descriptions(data)
     if evaluations:
         counts = listed(list(dict.fromkeys(evaluated_examples(item) for item in evaluations)))
         sentences.append(
@@ -163,6 +186,18 @@ def _summary_note(data: ReportData) -> str:
     if seeds > 1 and data.was_tuned:
         sentences.append(f"Tokens and time are of up to {seeds} seeds together.")
     return " ".join(sentences)
+
+
+def _descriptions(data: ReportData) -> list[str]:
+    """Say what each arm is, arms that are made alike together."""
+    labels: dict[str, list[str]] = {}
+    for arm in data.arms:
+        labels.setdefault(arm.description, []).append(arm.label)
+    labels.pop("", None)
+    return [
+        f"{'Every arm' if len(alike) == len(data.arms) > 1 else listed(alike)}: {description}."
+        for description, alike in labels.items()
+    ]
 
 
 def _error_text(comparison: Comparison, error: float | None) -> str:

@@ -19,6 +19,9 @@ EVIDENCE_RULE = "Differences smaller than their interval are not evidence."
 
 _SUFFIXES = ("", " k", " M", " G", " T", " P", " E")
 _TOLERATED_FLOP_RATIO = 0.02
+# Beyond these a reader wants what differs first, and the rest in a line.
+_MOST_PAIRS_TOLD = 3
+_MOST_CLAIMS_TOLD = 12
 
 
 def exact(number: int) -> str:
@@ -130,16 +133,53 @@ def claim_sentence(comparison: Comparison) -> str:
     )
 
 
+def claims(comparisons: Sequence[Comparison]) -> tuple[tuple[str, str], ...]:
+    """Return verdict and sentence of each comparison; of many, those that show nothing are gathered."""
+    if len(comparisons) <= _MOST_CLAIMS_TOLD:
+        return tuple((item.verdict, claim_sentence(item)) for item in comparisons)
+    told = [
+        (item.verdict, claim_sentence(item)) for item in comparisons if item.verdict != "unclear"
+    ]
+    gathered: dict[str, list[str]] = {}
+    for item in comparisons:
+        if item.verdict == "unclear":
+            start = f"No evidence of a difference in {item.metric} from {_sides(item)[1]}"
+            seed = "" if item.seed is None else f" (seed {item.seed})"
+            gathered.setdefault(start, []).append(f"{item.subject}{seed}")
+    return (
+        *told,
+        *(
+            ("unclear", f"{start}, each interval includes zero: {listed(subjects)}.")
+            for start, subjects in gathered.items()
+        ),
+    )
+
+
 def verdict(data: ReportData) -> str:
     """The first sentence of the report: what the paired differences between arms show, at which cost."""
     between = [comparison for comparison in data.comparisons if comparison.kind == "arms"]
     if between:
-        pairs = dict.fromkeys((comparison.subject, comparison.reference) for comparison in between)
-        return " ".join(_pair_sentence(data, between, pair) for pair in pairs)
+        return _verdict_between(data, between)
     if data.comparisons:
         subjects = dict.fromkeys(comparison.subject for comparison in data.comparisons)
         return " ".join(_tuning_sentence(data.comparisons, subject) for subject in subjects)
     return "No paired comparison was made, so this report claims no difference."
+
+
+def _verdict_between(data: ReportData, between: Sequence[Comparison]) -> str:
+    pairs = dict.fromkeys((item.subject, item.reference) for item in between)
+    told = list(pairs)
+    if len(pairs) > _MOST_PAIRS_TOLD:
+        clear = {(item.subject, item.reference) for item in between if item.verdict != "unclear"}
+        told = [pair for pair in pairs if pair in clear]
+    sentences = [_pair_sentence(data, between, pair) for pair in told]
+    if len(told) < len(pairs):
+        metrics = " or ".join(dict.fromkeys(item.metric for item in between))
+        alike = f"{len(pairs) - len(told)} {'other ' if told else ''}arms"
+        sentences.append(
+            f"Against {between[0].reference}, {alike} show no measurable difference in {metrics}."
+        )
+    return " ".join(sentences)
 
 
 def limits(data: ReportData) -> tuple[str, ...]:

@@ -131,7 +131,7 @@ def writing(folder: Path, *, step: int, is_writer: bool = True) -> Generator[Pat
                 _close(partial, step=step)
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(partial, final)
-                _flush(folder)
+                files.flush(folder)
         except Exception as error:
             # torch.save speaks of an unexpected position when the disk is full, so we look.
             is_full = shutil.disk_usage(folder).free < _NEARLY_NOTHING
@@ -268,18 +268,10 @@ def _no_progress_bars() -> Generator[None]:
 def _close(partial: Path, *, step: int) -> None:
     paths = sorted(path for path in partial.rglob("*") if path.is_file())
     for path in paths:
-        _flush(path)
+        files.flush(path)
     sizes = {str(path.relative_to(partial)): path.stat().st_size for path in paths}
     files.write_json(partial / MARKER, {"step": step, "files": sizes})
-    _flush(partial)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    files.flush(partial)
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -4,12 +4,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from flanmoe.study.plots.figure import MARKERS, Drawing, arm_colour, new_figure
+from flanmoe.study.plots.figure import ARM_COLOURS, MARKERS, Drawing, arm_colour, new_figure
 from flanmoe.study.report_data import ArmReport, CurvePoint, ReportData
 from flanmoe.study.report_text import short
 
 _LINE_STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 _POINTS_WITHOUT_SMOOTHING = 40
+_MOST_ARMS_IN_AXES = 4
+_LEGEND_COLUMNS = 3
 
 
 def loss_curves(data: ReportData) -> Drawing | None:
@@ -18,13 +20,18 @@ def loss_curves(data: ReportData) -> Drawing | None:
     if not arms:
         return None
     title = "Training loss over tokens"
-    with new_figure("loss-curves", height=3.5) as (figure, finish):
+    is_crowded = len(arms) > _MOST_ARMS_IN_AXES
+    legend_rows = -(-len(arms) // _LEGEND_COLUMNS) if is_crowded else 0
+    with new_figure("loss-curves", height=3.5 + 0.22 * legend_rows) as (figure, finish):
         axes = figure.subplots()
         for arm in arms:
             _draw_curves(axes, arm, data.arms.index(arm))
         axes.set(xlabel="real tokens trained on", ylabel="loss (nats per token)")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
-        axes.legend(loc="upper right")
+        if is_crowded:
+            figure.legend(loc="outside lower center", ncols=_LEGEND_COLUMNS, fontsize=9)
+        else:
+            axes.legend(loc="upper right")
         alt = "; ".join(_curve_in_words(arm) for arm in arms)
         return finish(
             title,
@@ -35,7 +42,9 @@ def loss_curves(data: ReportData) -> Drawing | None:
 
 
 def _draw_curves(axes: Axes, arm: ArmReport, number: int) -> None:
-    style = {"color": arm_colour(number), "linestyle": _LINE_STYLES[number % len(_LINE_STYLES)]}
+    # One style further each time the colours start again, so that no two of 24 arms look the same.
+    line_style = _LINE_STYLES[(number + number // len(ARM_COLOURS)) % len(_LINE_STYLES)]
+    style = {"color": arm_colour(number), "linestyle": line_style}
     for position, curve in enumerate(arm.curves):
         points = [(point.tokens, point.loss) for point in curve.points if point.loss is not None]
         if not points:
