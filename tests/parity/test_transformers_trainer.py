@@ -34,7 +34,7 @@ from flanmoe.training.trainer import SparseTrainer
 
 NUM_ROWS = 4
 LENGTH = 16
-WHERE_WE_SAY_SO = "the section `What others do` of docs/guide/router_losses.md, and the README"
+WHERE_WE_SAY_SO = "the section `What others do` of docs/guide/router_losses.md"
 
 
 def token_ids() -> np.ndarray:

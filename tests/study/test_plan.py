@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from flanmoe.core.errors import ConfigError
 from flanmoe.models.flops import count_flops
 from flanmoe.models.loading import load_config
 from flanmoe.study.machine import Machine
@@ -77,3 +78,26 @@ def test_gradient_checkpointing_saves_activations(models: dict[str, Path], sums_
         usual.gradients,
         usual.optimizer,
     )
+
+
+def test_an_evaluation_costs_as_much_as_it_asks(
+    models: dict[str, Path], sums_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(cores=1, memory_bytes=2**40, disk_bytes=2**40, flops_per_second=1e9)
+    monkeypatch.setattr("flanmoe.study.plan.this_machine", lambda *_, **__: machine)
+
+    def seconds(**settings: Any) -> float:
+        stage = {"stage": "evaluate", "tasks": [{"name": str(sums_file)}], **settings}
+        values = {"name": "planned", "model": str(models["llama"]), "stages": [stage]}
+        return plan_study(study_from_mapping(values), None).arms["planned"].seconds
+
+    num_sums = len(sums_file.read_text().splitlines())
+    assert num_sums > 10
+    assert seconds() == pytest.approx(seconds(limit=10) * num_sums / 10)
+    assert seconds(limit=10 * num_sums) == seconds()
+
+
+def test_a_recipe_is_not_sharded(models: dict[str, Path], sums_file: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan(models["llama"], sums_file, sharding="fsdp")
+    assert "`train.sharding` must be `none` in a recipe" in str(caught.value)

@@ -20,8 +20,8 @@ from flanmoe.models.modes import evaluating
 # one row at most, a leak in both.
 _NUM_ROWS = 2
 _NUM_TOKENS = 8
-# Of the spread of the logits. Rounding in float32 moves them by less than a thousandth of this; every
-# class that leaks moved them by more than ten times it (docs/decisions/0003-packing.md).
+# Of the spread of the logits: far above what rounding in float32 moves them by, far below what a leak
+# does (docs/decisions/0003-packing.md has both).
 _TOLERANCE = 0.05
 
 

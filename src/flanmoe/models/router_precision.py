@@ -1,9 +1,10 @@
 """Routers that stay in float32 when the rest of the model computes in bfloat16.
 
 Under autocast a router's logits carry 8 bits, so that experts tie although their scores differ. For
-a freshly upcycled model in mode `granular` a tie between two groups splits them: measured on
-SmolLM2, 0.2 % of all (token, layer) pairs lose half of their FFN. Routers are a thousandth of the
-work; running them in float32 costs nothing (the selective precision of arXiv 2101.03961).
+a freshly upcycled model in mode `granular` a tie between two groups splits them, and the token loses
+half of its FFN (what that does to the logits: `benchmarks/results/router_precision.json`). Routers are
+a thousandth of the work; running them in float32 costs nothing (the selective precision of arXiv
+2101.03961).
 """
 
 from typing import Any

@@ -58,6 +58,16 @@ class TuneStage(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _in_one_process(self) -> "TuneStage":
+        if self.train.sharding != "none":
+            raise ValueError(
+                f"`train.sharding` must be `none` in a recipe, which runs in one process, but is "
+                f"`{self.train.sharding}`; tune in several processes from Python "
+                "(`docs/guide/distributed.md`)"
+            )
+        return self
+
 
 class EvaluateStage(SuiteConfig):
     """Score the model in hand on tasks that it is not trained on."""

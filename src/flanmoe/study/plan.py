@@ -3,6 +3,7 @@
 Models are built on the meta device, so a plan needs the configuration of a model and not its weights.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.table import Table
@@ -29,7 +30,7 @@ from flanmoe.training.arguments import TuneConfig
 from flanmoe.training.router_losses import scope_of
 
 # Share of the measured rate of matrix products that a whole step reaches, evaluation included: measured
-# with the quickstart on 2 CPU cores (docs/results). The report puts estimate and measurement side by side.
+# with the quickstart on 2 CPU cores (docs/results).
 _EFFICIENCY = 0.45
 _BYTES_FLOAT32 = 4
 # Prompt and reference answer of an instruction exemplar, about; a plan does not tokenise the questions.
@@ -96,7 +97,7 @@ def plan_study(study: Study, data_dir: Path | None, *, folder: Path | None = Non
             or given expert dropout as asked.
         DataError: if a task is not known or cannot be read.
     """
-    _check_data(study, data_dir)
+    num_questions = _read_data(study, data_dir)
     precision = next(
         (
             stage.train.precision
@@ -107,7 +108,7 @@ def plan_study(study: Study, data_dir: Path | None, *, folder: Path | None = Non
         "bfloat16",
     )
     machine = this_machine(folder or Path.cwd(), precision=precision)
-    arms = {name: _plan_arm(arm, machine) for name, arm in study.arms.items()}
+    arms = {name: _plan_arm(arm, machine, num_questions) for name, arm in study.arms.items()}
     return StudyPlan(
         study=study.name,
         seeds=len(study.seeds),
@@ -117,8 +118,13 @@ def plan_study(study: Study, data_dir: Path | None, *, folder: Path | None = Non
     )
 
 
-def _check_data(study: Study, data_dir: Path | None) -> None:
-    """Read every task once: a mistake in the last one should not wait for the first to be trained."""
+def _read_data(study: Study, data_dir: Path | None) -> dict[str, int]:
+    """Read every task once: a mistake in the last one should not wait for the first to be trained.
+
+    Returns:
+        The number of questions of each evaluation, by the fingerprint of its stage.
+    """
+    num_questions: dict[str, int] = {}
     checked: set[str] = set()
     warned: set[str] = set()
     for arm in study.arms.values():
@@ -133,11 +139,12 @@ def _check_data(study: Study, data_dir: Path | None) -> None:
                 tasks, skipped = load_suite(stage, data_dir=data_dir)
                 warn_of_skipped([skip for skip in skipped if skip.task not in warned])
                 warned |= {skip.task for skip in skipped}
-                for task in tasks:
-                    task.size  # noqa: B018 reading it is the check
+                size = sum(task.size for task in tasks)
+                num_questions[identity] = min(size, stage.limit or size)
+    return num_questions
 
 
-def _plan_arm(arm: Arm, machine: Machine) -> ArmPlan:
+def _plan_arm(arm: Arm, machine: Machine, num_questions: Mapping[str, int]) -> ArmPlan:
     config: PreTrainedConfig = load_config(arm.model)
     model = meta_model(config)
     memory: MemoryEstimate | None = None
@@ -167,7 +174,8 @@ def _plan_arm(arm: Arm, machine: Machine) -> ArmPlan:
                 disk += last + _num_checkpoints(stage.train) * _checkpoint_bytes(size.parameters)
             case EvaluateStage():
                 flops = count_flops(model, context_length=length)
-                all_flops += flops.total * _TOKENS_PER_QUESTION * (stage.limit or 1000)
+                questions = num_questions[fingerprint(stage.to_mapping())]
+                all_flops += flops.total * _TOKENS_PER_QUESTION * questions
     return ArmPlan(
         stages=tuple(stage.label for stage in arm.stages),
         parameters=count_parameters(model).model_copy(update={"trainable": trainable}),
