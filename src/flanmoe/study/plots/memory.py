@@ -10,7 +10,7 @@ from flanmoe.study.report_text import size
 
 # Parts of the estimate: neither the colours of arms nor hue alone, and readable on light and dark.
 _PART_COLOURS = ("#5b7083", "#8a9bab", "#a08458", "#6b8f71", "#9a7a94", "#7d7d7d", "#b5807a")
-_HATCHES = ("", "//", "--", "xx", "\\\\", "++", "oo")
+_HATCHES = ("", "//", "--", "xx", "\\\\", "++", "||")
 
 
 def memory(data: ReportData) -> Drawing | None:
