@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flanmoe.core.seeds import SeedTree
 from flanmoe.data.packing import TokenizedExample
+from flanmoe.data.renderers import Occasion
 from flanmoe.testing.tiny_models import tiny_tokenizer
 
 
@@ -16,6 +18,12 @@ from flanmoe.testing.tiny_models import tiny_tokenizer
 def tokenizer() -> Any:
     """One token a character, with a chat template."""
     return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def occasion() -> Occasion:
+    """One seed, and a token a word."""
+    return Occasion(seeds=SeedTree(0), count_tokens=lambda text: len(text.split()))
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Chat templates: where the prompt ends, and that the model's turn is whole."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,10 @@ from flanmoe.data.renderers import renderer_named
 from flanmoe.testing.tiny_models import tiny_tokenizer
 
 EXAMPLE = Example(inputs="2 + 2?", target="4", key="sums-1")
+LATER = replace(
+    EXAMPLE,
+    history=(("system", "Be brief."), ("user", "1 + 1?"), ("assistant", "2")),
+)
 
 
 def render(tokenizer: Any, example: Example = EXAMPLE) -> Rendered:
@@ -106,3 +111,47 @@ def test_a_tokenizer_that_cannot_end_a_text_is_refused() -> None:
 def test_an_answer_of_several_lines_is_kept_whole(tokenizer: Any) -> None:
     example = Example(inputs="Write.", target="one\n\ntwo\n")
     assert render(tokenizer, example).response == "one\n\ntwo<|im_end|>"
+
+
+def test_earlier_turns_stand_in_the_prompt_system_first(tokenizer: Any) -> None:
+    rendered = render(tokenizer, LATER)
+    assert rendered.prompt == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1 + 1?<|im_end|>\n"
+        "<|im_start|>assistant\n2<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert rendered.response == "4<|im_end|>"
+    assert rendered.content_hash == LATER.content_hash()
+
+
+def test_only_the_last_turn_of_the_model_is_learnt(tokenizer: Any) -> None:
+    example = tokenize(render(tokenizer, LATER), tokenizer)
+    learnt = tokenizer.convert_ids_to_tokens(example.input_ids[example.loss_mask])
+    assert learnt == ["4", "<|im_end|>"]
+
+
+def test_the_renderer_words_the_last_question_only(tokenizer: Any) -> None:
+    rendered = render_chat(LATER, renderer_named("direct"), tokenizer, "sums")
+    assert rendered.prompt.count("Reply with the answer only.") == 1
+    assert "2 + 2?\n\nReply with the answer only.<|im_end|>" in rendered.prompt
+
+
+def test_without_a_template_the_turns_stand_line_by_line() -> None:
+    rendered = render(templated(None), LATER)
+    assert rendered.prompt == "Be brief.\n1 + 1?\n2\n2 + 2?\n"
+    assert rendered.response == "4<|im_end|>"
+
+
+def test_turns_that_a_template_refuses_are_named() -> None:
+    template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system turn.') }}{% endif %}"
+        "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    )
+    assert render(templated(template)).prompt == "2 + 2?<|im_end|>"
+    with pytest.raises(DataError) as caught:
+        render(templated(template), LATER)
+    assert str(caught.value) == (
+        "The chat template of the tokenizer must take the turns of example `sums-1` of task `sums` "
+        "(`system`, `user`, `assistant`, `user`), but refuses them: No system turn. Take such turns "
+        "out of the records, or use a tokenizer whose template takes them."
+    )

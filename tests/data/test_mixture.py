@@ -1,6 +1,7 @@
 """Mixtures: rates by their formula, draws that follow them, and what may not be trained on."""
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def test_a_cap_beside_rates_has_no_effect_and_is_refused(data_dir: Path) -> None
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ({"tasks": []}, "tasks: "),
+        ({"tasks": []}, "at least 1 entry in `tasks`, or `flan2022`, but found neither"),
         ({"tasks": ["few"], "temperature": 0}, "temperature: "),
         ({"tasks": [{"nam": "few"}]}, "Did you mean `name`?"),
     ],
@@ -159,3 +160,26 @@ def test_mistakes_in_a_config(values: dict[str, Any], problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
         MixtureConfig.parse(values)
     assert problem in str(caught.value)
+
+
+def test_what_overlaps_with_evaluation_is_left_out_and_counted(
+    tmp_path: Path, write_rows: Callable[[Path, Sequence[Any]], Path]
+) -> None:
+    words = [f"word{number}" for number in range(40)]
+    rows = [
+        {"question": " ".join(words[start : start + 15]), "answer": f"a{start}"}
+        for start in range(0, 20, 4)
+    ]
+    trained = write_rows(tmp_path / "trained.jsonl", [*rows, {"question": "short", "answer": "b"}])
+    # Thirteen words of the rows that start at 4 and 8 stand here, twelve of the others.
+    asked = " ".join(["And:", *words[6:21]])
+    evaluated = write_rows(tmp_path / "evaluated.jsonl", [{"question": asked, "answer": "c"}])
+    config = MixtureConfig(
+        tasks=(TaskConfig(name=str(trained)),),
+        without_overlap_of=(TaskConfig(name=str(evaluated)),),
+    )
+    (task,) = Mixture.load(config, seeds=SeedTree(0)).tasks
+    assert [example.target for example in task.examples] == ["a0", "a12", "a16", "b"]
+    assert list(task.content_hashes) == [example.content_hash() for example in task.examples]
+    assert (task.size, task.num_left_out) == (4, 2)
+    assert [example.target for example in task.examples[1:3]] == ["a12", "a16"]

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+import flanmoe.data.packing as packing_module
 from flanmoe.core.errors import DataError
 from flanmoe.data.example import Packed, Rendered
 from flanmoe.data.packing import (
     IGNORED_LABEL,
     PackingConfig,
     PackingReport,
+    PackingTally,
     TaskCounts,
     TokenizedExample,
     assign_rows,
@@ -24,7 +26,9 @@ from flanmoe.data.packing import (
     merged,
     pack,
     packed_row,
+    report_from_state,
     tokenize,
+    tokenize_all,
 )
 
 Tokens = Callable[..., TokenizedExample]
@@ -168,21 +172,65 @@ def test_reports_merge_and_show_shares(tokens: Tokens) -> None:
     first = PackingReport.of_rows([packed_row([tokens([1, 2, 3], "a")], length=4)])
     second = PackingReport.of_rows([packed_row([tokens([1], "b"), tokens([2], "a")], length=4)])
     both = merged([first, second, PackingReport(tasks={"b": TaskCounts(dropped=2)})])
+    nothing = dict.fromkeys(TaskCounts.model_fields, 0)
     assert both.to_mapping() == {
         "rows": 2,
         "real_tokens": 5,
         "padding_tokens": 3,
         "loss_tokens": 2,
         "tasks": {
-            "a": {"examples": 2, "tokens": 4, "dropped": 0, "truncated": 0},
-            "b": {"examples": 1, "tokens": 1, "dropped": 2, "truncated": 0},
+            "a": {**nothing, "examples": 2, "tokens": 4},
+            "b": {**nothing, "examples": 1, "tokens": 1, "dropped": 2},
         },
         "padding_share": 3 / 8,
         "examples": 3,
         "dropped": 2,
         "truncated": 0,
+        "without_exemplars": 0,
     }
     assert PackingReport().padding_share == 0.0
+
+
+@given(data=st.data())
+def test_a_tally_counts_what_reports_add_up_to(data: st.DataObject) -> None:
+    names = st.sampled_from(["a", "b", "c"])
+    changes = st.tuples(names, st.sampled_from(["dropped", "truncated", "without_exemplars"]))
+    rows = st.lists(st.tuples(names, st.integers(1, 4)), min_size=1, max_size=4)
+    start = PackingTally(PackingReport(rows=2, real_tokens=7, tasks={"b": TaskCounts(dropped=1)}))
+    tally, before, expected = start.copy(), start.report(), start.report()
+    for step in data.draw(st.lists(changes | rows, max_size=8)):
+        if isinstance(step, tuple):
+            tally.add_change(*step)
+            expected = expected + PackingReport(tasks={step[0]: TaskCounts(**{step[1]: 1})})
+        else:
+            parts = [
+                TokenizedExample(np.ones(size, int), np.arange(size) > 0, name, "k", "h")
+                for name, size in step
+            ]
+            row = packed_row(parts, length=16)
+            tally.add_row(row)
+            expected = expected + PackingReport.of_rows([row])
+            assert PackingReport.of_rows([row]) == _report_written_out(row)
+    assert tally.report() == expected
+    assert list(tally.report().tasks) == list(expected.tasks)
+    assert report_from_state(tally.report().model_dump(mode="json")) == expected
+    assert start.report() == before
+
+
+def _report_written_out(row: Packed) -> PackingReport:
+    """Go through a row token by token."""
+    tasks: dict[str, TaskCounts] = {}
+    for segment, name in enumerate(row.tasks, start=1):
+        size = sum(1 for place in row.segment_ids if place == segment)
+        tasks[name] = tasks.get(name, TaskCounts()) + TaskCounts(examples=1, tokens=size)
+    real = sum(1 for place in row.segment_ids if place)
+    return PackingReport(
+        rows=1,
+        real_tokens=real,
+        padding_tokens=len(row.segment_ids) - real,
+        loss_tokens=sum(1 for label in row.labels[1:] if label != IGNORED_LABEL),
+        tasks=tasks,
+    )
 
 
 def _rendered(prompt: str, response: str) -> Rendered:
@@ -194,6 +242,48 @@ def test_the_loss_covers_exactly_the_response(tokenizer: Any, prompt: str, respo
     example = tokenize(_rendered(prompt, response), tokenizer)
     assert tokenizer.decode(example.input_ids[example.loss_mask]) == response
     assert tokenizer.decode(example.input_ids) == prompt + response
+
+
+def mask_written_out(
+    offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
+) -> list[bool]:
+    """The slow definition of the loss mask: token by token, span by span."""
+    mask: list[bool] = []
+    reached = 0
+    for start, end in offsets:
+        # The space before a word, which byte-level tokenizers leave out, belongs to the token.
+        first = min(start, reached)
+        mask.append(any(begin <= first and end <= stop for begin, stop in spans))
+        reached = max(reached, end)
+    return [bool(index and value) for index, value in enumerate(mask)]
+
+
+_spans = st.tuples(st.integers(0, 20), st.integers(0, 20)).map(lambda ends: (min(ends), max(ends)))
+
+
+@given(offsets=st.lists(_spans, max_size=20), spans=st.lists(_spans, max_size=3))
+def test_the_loss_mask_equals_its_written_out_definition(
+    offsets: list[tuple[int, int]], spans: list[tuple[int, int]]
+) -> None:
+    """Also where offsets go back, overlap or are empty."""
+    assert packing_module._loss_mask(offsets, spans).tolist() == mask_written_out(offsets, spans)
+
+
+_texts = st.tuples(st.text("ab c\n", max_size=8), st.text("ab c", max_size=8))
+
+
+@given(pairs=st.lists(_texts, max_size=8))
+def test_many_texts_at_once_equal_one_at_a_time(
+    tokenizer: Any, pairs: list[tuple[str, str]]
+) -> None:
+    rendered = [_rendered(*pair) for pair in pairs]
+    many = tokenize_all(rendered, tokenizer)
+    assert len(many) == len(rendered)
+    for one, together in zip(rendered, many, strict=True):
+        encoding = tokenizer(one.text, add_special_tokens=False, return_offsets_mapping=True)
+        assert together.input_ids.tolist() == encoding["input_ids"]
+        expected = mask_written_out(encoding["offset_mapping"], one.loss_spans)
+        assert together.loss_mask.tolist() == expected
 
 
 def _merging(merges: list[tuple[str, str]], alphabet: str) -> PreTrainedTokenizerFast:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -14,13 +15,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import flanmoe.data.store as store_module
 import flanmoe.data.stream as stream_module
 from flanmoe.core.errors import DataError, RunError
 from flanmoe.core.seeds import SeedTree
 from flanmoe.data.chat import render_chat
-from flanmoe.data.example import Packed
+from flanmoe.data.example import Packed, Rendered
 from flanmoe.data.mixture import Mixture, MixtureConfig
-from flanmoe.data.packing import PackingConfig, PackingReport, tokenize
+from flanmoe.data.packing import (
+    PackingConfig,
+    PackingReport,
+    TokenizedExample,
+    tokenize,
+    tokenize_all,
+)
 from flanmoe.data.stream import PackedStream
 
 TASKS = ("few", "some", "many")
@@ -236,6 +244,63 @@ def test_positions_that_were_not_reached_or_are_gone_are_refused(
 def test_the_rank_must_be_one_of_the_processes(data_dir: Path, tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="between 0 and 1, but is 2"):
         stream_of(data_dir, tokenizer, rank=2, world_size=2)
+
+
+def test_a_window_is_tokenised_in_one_call(
+    data_dir: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def counting(rendered: Sequence[Rendered], given: Any) -> list[TokenizedExample]:
+        calls.append(len(rendered))
+        return tokenize_all(rendered, given)
+
+    monkeypatch.setattr(stream_module, "tokenize_all", counting)
+    stream = stream_of(data_dir, tokenizer, window=20, token_cache=False)
+    texts(stream, 15)
+    assert calls == [20] * len(calls)
+    assert len(calls) == stream.state_dict()["window"] + 1
+
+
+@pytest.fixture
+def stored_mixture(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], Mixture]:
+    """Load the three tasks from stores on disk."""
+    monkeypatch.setenv("FLANMOE_CACHE", str(tmp_path))
+    monkeypatch.setattr(store_module, "_MOST_IN_MEMORY", 1)
+
+    def load() -> Mixture:
+        config = MixtureConfig.parse({"tasks": TASKS})
+        return Mixture.load(config, seeds=SeedTree(0).child("mixture"), data_dir=data_dir)
+
+    return load
+
+
+def test_examples_on_disk_give_the_rows_of_examples_in_memory(
+    data_dir: Path, tokenizer: Any, stored_mixture: Callable[[], Mixture], tmp_path: Path
+) -> None:
+    in_memory = stream_of(data_dir, tokenizer)
+    expected = texts(in_memory, 40)
+    for _ in range(2):
+        config = PackingConfig(length=160, window=6)
+        stream = PackedStream(stored_mixture(), tokenizer, config, SeedTree(0))
+        assert texts(stream, 40) == expected
+        assert stream.state_dict() == in_memory.state_dict()
+        assert stream.row_hashes == in_memory.row_hashes
+        assert stream.seen_hashes == in_memory.seen_hashes
+    assert len(list(tmp_path.rglob("store.json"))) == 3
+
+
+def test_hashes_are_looked_up_without_reading_examples(
+    tokenizer: Any, stored_mixture: Callable[[], Mixture], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PackingConfig(length=160, window=6)
+    stream = PackedStream(stored_mixture(), tokenizer, config, SeedTree(0))
+    texts(stream, 40)
+    monkeypatch.setattr(store_module, "Example", lambda **_: pytest.fail("an example was read"))
+    assert len(stream.seen_hashes) > 20
+    assert stream.row_hashes <= stream.seen_hashes
 
 
 _CONTINUE = """

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from flanmoe.core.errors import ConfigError, DataError
-from flanmoe.data.renderers import renderer_named
+from flanmoe.data.renderers import Exchange, Occasion, renderer_named
 from flanmoe.data.tasks import (
     CHOICE_SCORER,
     REFERENCE_SCORER,
@@ -54,7 +54,7 @@ def test_a_bad_record_stops_with_file_and_line(tmp_path: Path, write_rows: Write
 
 
 def test_bad_records_can_be_left_out_and_are_listed(tmp_path: Path, write_rows: Write) -> None:
-    file = write_rows(tmp_path / "rows.jsonl", [BAD, GOOD, {"text": "x"}])
+    file = write_rows(tmp_path / "rows.jsonl", [BAD, GOOD, {"tale": "x"}])
     task = load_task(TaskConfig(name=str(file), on_bad_record="skip"))
     assert task.size == 1
     assert [rejected.locator for rejected in task.rejected] == [f"{file}:1", f"{file}:3"]
@@ -192,20 +192,23 @@ REAL = {
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_real_data_is_read(real_data_dir: Path, name: str) -> None:
+def test_real_data_is_read(real_data_dir: Path, name: str, occasion: Occasion) -> None:
     split, size, num_rejected = REAL[name]
     config = TaskConfig(name=name, split=split, on_bad_record="skip")
     task = load_task(config, data_dir=real_data_dir)
     assert (task.size, len(task.rejected)) == (size, num_rejected)
-    exchange = task.renderer(task.examples[0])
+    exchange = task.renderer(task.examples[0], occasion)
     assert exchange.user
     assert exchange.response
 
 
-def test_real_rationales_lose_their_calculator_marks(real_data_dir: Path) -> None:
+def test_real_rationales_lose_their_calculator_marks(
+    real_data_dir: Path, occasion: Occasion
+) -> None:
     task = load_task(TaskConfig(name="gsm8k"), data_dir=real_data_dir)
     assert not any("<<" in example.rationales[0] for example in task.examples)
-    assert task.renderer(task.examples[0]).response.endswith("\nThe answer is 72.")
+    response = task.renderer(task.examples[0], occasion).response
+    assert response.endswith("\nThe answer is 72.")
 
 
 def test_exemplars_have_the_hashes_of_the_same_questions_elsewhere(real_data_dir: Path) -> None:
@@ -228,3 +231,25 @@ def test_real_big_bench_hard_is_for_evaluation_only(real_data_dir: Path) -> None
     for name in ("bbh", "bigbench_small"):
         task = load_task(TaskConfig(name=name, split="test"), data_dir=real_data_dir)
         assert task.evaluation_only
+
+
+def test_flans_templates_are_those_of_the_data_folder(
+    tmp_path: Path, write_rows: Write, occasion: Occasion
+) -> None:
+    patterns = [
+        {
+            "file": "flan/v2/templates.py",
+            "group": "PATTERNS",
+            "dataset": "skies",
+            "index": 0,
+            "input_pattern": "{sky}. Rain?",
+            "target_pattern": "{answer}",
+        }
+    ]
+    write_rows(tmp_path / "flan_templates" / "templates.jsonl.gz", patterns)
+    write_rows(
+        tmp_path / "skies" / "train.jsonl", [{"question": "?", "sky": "Grey", "answer": "yes"}]
+    )
+    config = TaskConfig.parse({"name": "skies", "template": {"family": "flan/skies"}})
+    task = load_task(config, data_dir=tmp_path)
+    assert task.renderer(task.examples[0], occasion) == Exchange(user="Grey. Rain?", response="yes")

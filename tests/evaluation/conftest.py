@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from flanmoe.core.seeds import SeedTree
+from flanmoe.data.renderers import Occasion
 from flanmoe.data.sources.base import Locator, Row
 from flanmoe.data.tasks import Task, TaskConfig
 from flanmoe.evaluation.averages import average
@@ -100,6 +102,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def occasion() -> Occasion:
+    """One seed, and a token a word."""
+    return Occasion(seeds=SeedTree(0), count_tokens=lambda text: len(text.split()))
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from lm_eval.filters.extraction import RegexFilter
 
 from flanmoe.data.example import Example
 from flanmoe.data.options import MAXIMUM_OPTIONS
-from flanmoe.data.renderers import renderer_named
+from flanmoe.data.renderers import Occasion, renderer_named
 from flanmoe.data.sources.finding import find_source
 from flanmoe.data.tasks import Task, TaskConfig, load_task
 from flanmoe.evaluation.answers import (
@@ -447,13 +447,13 @@ def test_every_accepted_form_is_read_exactly(
 )
 @pytest.mark.parametrize("renderer", ["direct", "chain_of_thought"])
 def test_rendered_options_are_found(
-    renderer: str, choices: list[str], rationale: str, data: st.DataObject
+    renderer: str, occasion: Occasion, choices: list[str], rationale: str, data: st.DataObject
 ) -> None:
     label = data.draw(st.integers(0, len(choices) - 1))
     asked = Example(
         "?", choices[label], choices=tuple(choices), label=label, rationales=(rationale,)
     )
-    response = renderer_named(renderer)(asked).response
+    response = renderer_named(renderer)(asked, occasion).response
     assert extract_option(response, choices) == label
     assert same_answer(response, asked) is True
 
@@ -548,11 +548,13 @@ def _chains(name: str, split: str, field: str, data_dir: Path) -> Iterator[tuple
     ],
 )
 def test_real_rendered_chains_give_their_answer_back(
-    real_data_dir: Path, name: str, split: str, num_rows: int
+    real_data_dir: Path, name: str, split: str, num_rows: int, occasion: Occasion
 ) -> None:
     render = renderer_named("chain_of_thought")
     examples = _real(name, split, real_data_dir).examples
-    found = Counter(same_answer(render(row).response, row) for row in examples if row.rationales)
+    found = Counter(
+        same_answer(render(row, occasion).response, row) for row in examples if row.rationales
+    )
     assert found == {True: num_rows}
 
 

@@ -17,6 +17,7 @@ from flanmoe.study.plots import Drawing, drawings
 from flanmoe.study.report import html_report
 from flanmoe.study.report_data import (
     ArmReport,
+    ClusterScore,
     Comparison,
     CurvePoint,
     DataReport,
@@ -26,6 +27,7 @@ from flanmoe.study.report_data import (
     Hardware,
     LossCurve,
     Memory,
+    MixtureData,
     Parameters,
     ReportData,
     RouterLosses,
@@ -76,6 +78,17 @@ def _evaluation(rng: random.Random, *, loss: float, accuracy: float) -> Evaluati
         loss=Score(mean=loss, standard_error=0.0437, num_examples=186),
         accuracy=Score(mean=accuracy, standard_error=0.0341, num_examples=123, chance=0.3512),
         tasks=tasks,
+        clusters=tuple(
+            ClusterScore(
+                cluster=name,
+                num_tasks=index + 1,
+                loss=Score(mean=loss + index / 10, standard_error=0.061, num_examples=index + 1),
+                accuracy=None
+                if index
+                else Score(mean=accuracy, standard_error=0.047, num_examples=1, chance=0.35),
+            )
+            for index, name in enumerate(("reasoning", "knowledge"))
+        ),
     )
 
 
@@ -180,9 +193,28 @@ def two_arms() -> ReportData:
         baseline="dense",
         arms=(dense, sparse),
         data=DataReport(
-            tasks=(
-                TaskData(task="exemplars/mmlu_cot", num_examples=285, share=0.871),
-                TaskData(task="exemplars/gsm8k_cot", num_examples=8, share=0.129),
+            mixtures=(
+                MixtureData(
+                    arms=("dense", "sparse"),
+                    tasks=(
+                        TaskData(
+                            task="exemplars/mmlu_cot",
+                            num_examples=285,
+                            rate=0.86,
+                            share=0.871,
+                            num_tokens=41_000,
+                            group="knowledge",
+                        ),
+                        TaskData(
+                            task="exemplars/gsm8k_cot",
+                            num_examples=8,
+                            rate=0.14,
+                            share=0.129,
+                            num_tokens=9_000,
+                            group="mathematics",
+                        ),
+                    ),
+                ),
             ),
             num_seen=291,
             num_dropped=3,

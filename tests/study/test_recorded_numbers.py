@@ -198,6 +198,26 @@ def test_every_tuning_of_every_seed_is_counted(
     )
 
 
+def test_each_mixture_stands_with_the_arms_that_were_tuned_on_it(
+    chained: tuple[Study, RunDir, ReportData],
+) -> None:
+    _, folder, data = chained
+    shared, second = data.data.mixtures
+    assert (shared.arms, second.arms) == (("late", "twice"), ("twice",))
+    for mixture, stage in ((shared, "late/seed-*/00-tune"), (second, "twice/seed-*/01-second")):
+        paths = folder.path.glob(f"arms/{stage}/result.json")
+        results = [json.loads(path.read_text())["details"]["packing"] for path in paths]
+        (task,) = mixture.tasks
+        # Both arms drew the rows of the first tuning, so they count once a seed.
+        assert len(results) == 2
+        assert task.num_draws == sum(one["tasks"][task.task]["examples"] for one in results)
+        assert task.num_tokens == sum(one["real_tokens"] for one in results)
+        assert (task.rate, task.share) == (1.0, 1.0)
+    text = markdown_report(data)
+    assert "Trained late and twice" in text
+    assert "Trained twice" in text
+
+
 def test_what_was_dropped_is_said_of_the_arm_that_it_happened_to(
     chained: tuple[Study, RunDir, ReportData],
 ) -> None:
@@ -251,14 +271,18 @@ def test_the_report_counts_the_examples_of_the_rows_trained_on(
     context = StageContext(RunDir(tmp_path), SeedTree(0), SeedTree(0), None)
     stream = training_stream(stage, HeldModel(str(base)), context)
     rows = [next(stream) for _ in range(_STEPS * _ROWS_PER_STEP)]
-    (task,) = data.data.tasks
+    (mixture,) = data.data.mixtures
+    (task,) = mixture.tasks
+    assert mixture.arms == ("tuned",)
     assert task.num_draws == PackingReport.of_rows(rows).num_examples
     assert data.data.num_seen == len(stream.row_hashes) <= task.num_draws
     # The rest of the window had been drawn, but stood in no row.
     assert data.data.num_seen < len(stream.seen_hashes)
     assert (task.num_examples, task.num_rejected, task.share) == (41, 2, 1.0)
+    assert task.num_tokens == PackingReport.of_rows(rows).real_tokens
     text = markdown_report(data)
-    assert f"| {task.task} | 41 | 2 | {task.num_draws} | 100.0 % |" in text
+    row = f"| {task.task} | 41 | 2 | {task.num_draws} | {task.num_tokens} | 100.0 % | 100.0 % | 100.0 % |"
+    assert row in text
     assert f"| different examples trained on | {data.data.num_seen} |" in text
 
 

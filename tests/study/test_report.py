@@ -26,7 +26,7 @@ from flanmoe.study.report_data import (
     ReportData,
     Score,
 )
-from flanmoe.study.report_tables import summary
+from flanmoe.study.tables import summary
 
 _VOID = {"meta", "link", "br", "hr", "img", "input", "wbr", "col"}
 

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from filelock import FileLock
@@ -29,6 +30,14 @@ def fingerprint(value: Any) -> str:
     """Return a short stable hash of a JSON-like value."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def code_fingerprint(*modules: ModuleType) -> str:
+    """Return a hash of the source of modules: a part of the name of what they make."""
+    digest = hashlib.blake2b(digest_size=12)
+    for module in modules:
+        digest.update(Path(str(module.__file__)).read_bytes())
+    return digest.hexdigest()
 
 
 def cached_folder(name: str, build: Callable[[Path], None], *, root: Path | None = None) -> Path:

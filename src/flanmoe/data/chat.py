@@ -1,8 +1,14 @@
 """Examples as one model family writes a conversation."""
 
+from collections.abc import Sequence
+
+from jinja2 import TemplateError
+
 from flanmoe.core.errors import DataError
+from flanmoe.core.names import listing
+from flanmoe.core.seeds import SeedTree
 from flanmoe.data.example import Example, Rendered
-from flanmoe.data.renderers.base import Exchange, Renderer
+from flanmoe.data.renderers.base import Occasion, Renderer
 from flanmoe.data.tokenizer import Tokenizer
 
 # Some templates write today's date into the system turn. A run that is resumed tomorrow must see
@@ -10,33 +16,62 @@ from flanmoe.data.tokenizer import Tokenizer
 _TEMPLATE_DATE = "26 Jul 2024"
 
 
-def render_chat(example: Example, renderer: Renderer, tokenizer: Tokenizer, task: str) -> Rendered:
+def fixed_seeds(task: str, key: str) -> SeedTree:
+    """Return the seeds of an example that is not drawn but looked up: in evaluation, in a preview.
+
+    A question is then put in the same words every time, whatever model answers it.
+    """
+    return SeedTree(0).child("fixed").child(task).child(key)
+
+
+def render_chat(
+    example: Example,
+    renderer: Renderer,
+    tokenizer: Tokenizer,
+    task: str,
+    *,
+    seeds: SeedTree | None = None,
+) -> Rendered:
     """Render an example through the tokenizer's chat template.
 
-    The prompt holds everything up to and with the generation prompt. The response is the model's
-    turn to its end-of-turn token; the line break that templates put behind that token is left out,
-    since nobody waits for the model to write it.
+    The prompt holds everything up to and with the generation prompt: the turns of the example's
+    history, and the question. The response is the model's last turn to its end-of-turn token; the
+    line break that templates put behind that token is left out, since nobody waits for the model to
+    write it. Earlier turns of the model stand in the prompt and take no loss.
 
-    A tokenizer without a chat template gets a plain form: the user's text, a line break, the
-    response, and the end-of-text token; before it the beginning-of-text token where the tokenizer
-    adds one by itself.
+    A tokenizer without a chat template gets a plain form: the text of every turn and the user's, each
+    with a line break, the response, and the end-of-text token; before it the beginning-of-text token
+    where the tokenizer adds one by itself.
 
     Args:
         example: what to render.
         renderer: makes the two texts.
         tokenizer: the model's tokenizer.
         task: name of the task, kept with the result.
+        seeds: the branch of the seed tree that belongs to this sample; without it `fixed_seeds`.
 
     Raises:
-        DataError: if the template does not keep the model's turn apart, or there is no
-            end-of-text token.
+        DataError: if the template refuses the turns or does not keep the model's turn apart, or
+            there is no end-of-text token.
     """
-    user, answer = renderer(example)
-    exchange = Exchange(user=user, response=answer.strip())
+    occasion = Occasion(
+        seeds=fixed_seeds(task, example.key) if seeds is None else seeds,
+        count_tokens=lambda text: _num_tokens(tokenizer, text),
+    )
+    user, answer = renderer(example, occasion)
+    asked = [*example.history, ("user", user)]
     if tokenizer.chat_template:
-        prompt, response = _templated(exchange, tokenizer)
+        try:
+            prompt, response = _templated(asked, answer.strip(), tokenizer)
+        except TemplateError as error:
+            reason = str(error).rstrip(".")
+            raise DataError(
+                f"The chat template of the tokenizer must take the turns of example `{example.key}` of "
+                f"task `{task}` ({listing(role for role, _ in asked)}), but refuses them: {reason}. Take "
+                "such turns out of the records, or use a tokenizer whose template takes them."
+            ) from error
     else:
-        prompt, response = _plain(exchange, tokenizer)
+        prompt, response = _plain(asked, answer.strip(), tokenizer)
     return Rendered(
         prompt=prompt,
         response=response,
@@ -46,19 +81,25 @@ def render_chat(example: Example, renderer: Renderer, tokenizer: Tokenizer, task
     )
 
 
-def _templated(exchange: Exchange, tokenizer: Tokenizer) -> tuple[str, str]:
-    question = [{"role": "user", "content": exchange.user}]
-    answered = [*question, {"role": "assistant", "content": exchange.response}]
+def _num_tokens(tokenizer: Tokenizer, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _templated(
+    asked: Sequence[tuple[str, str]], answer: str, tokenizer: Tokenizer
+) -> tuple[str, str]:
+    question = [{"role": role, "content": text} for role, text in asked]
+    answered = [*question, {"role": "assistant", "content": answer}]
     prompt = _written(question, tokenizer, add_generation_prompt=True)
     whole = _written(answered, tokenizer, add_generation_prompt=False)
     response = whole[len(prompt) :].rstrip()
-    if not whole.startswith(prompt) or exchange.response not in response:
+    if not whole.startswith(prompt) or answer not in response:
         raise DataError(
             "The chat template of the tokenizer does not keep the model's turn apart from the "
             "prompt, so the loss cannot be placed on it. Use a tokenizer whose template writes a "
             "conversation turn by turn."
         )
-    if response.endswith(exchange.response):
+    if response.endswith(answer):
         response += _end_of_text(tokenizer)
     return prompt, response
 
@@ -76,9 +117,9 @@ def _written(
     )
 
 
-def _plain(exchange: Exchange, tokenizer: Tokenizer) -> tuple[str, str]:
-    prompt = f"{_begin_of_text(tokenizer)}{exchange.user}\n"
-    return prompt, exchange.response + _end_of_text(tokenizer)
+def _plain(asked: Sequence[tuple[str, str]], answer: str, tokenizer: Tokenizer) -> tuple[str, str]:
+    lines = "".join(f"{text}\n" for _, text in asked)
+    return _begin_of_text(tokenizer) + lines, answer + _end_of_text(tokenizer)
 
 
 def _begin_of_text(tokenizer: Tokenizer) -> str:

@@ -24,7 +24,11 @@ class Example:
         label: index of the right option, None where there are no options.
         rationales: chains of thought that lead to the target, empty where there are none.
         key: name of the example within its task and split, stable between runs.
+        fields: the texts of the record by the names that its source gives them, for templates;
+            without answer options where those became choices.
         metadata: whatever else the source says (subject, description, ...).
+        history: turns of a conversation before the inputs, as (role, text) in order; the roles are
+            `system` (the first turn only), `user` and `assistant`.
     """
 
     inputs: str
@@ -33,15 +37,18 @@ class Example:
     label: int | None = None
     rationales: tuple[str, ...] = ()
     key: str = ""
+    fields: dict[str, str] = field(default_factory=dict[str, str])
     metadata: dict[str, Any] = field(default_factory=dict[str, Any])
+    history: tuple[tuple[str, str], ...] = ()
 
     def content_hash(self) -> str:
-        """Hash of what the example asks and answers;
+        """Hash of what the example asks and answers, with the turns before it;
         equal for equal examples from different sources.
 
         Kept with a trained model, so that a later evaluation can mark what the model has seen.
         """
-        text = "\x1f".join((_folded(self.inputs), _folded(self.target)))
+        before = (f"{role}\x1e{_folded(turn)}" for role, turn in self.history)
+        text = "\x1f".join((_folded(self.inputs), _folded(self.target), *before))
         return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 

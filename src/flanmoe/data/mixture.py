@@ -6,6 +6,7 @@ min(size_i, cap_i) ** (1 / temperature).
 """
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -13,12 +14,16 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from flanmoe.core.config import Config
+from flanmoe.core.console import warn
 from flanmoe.core.errors import ConfigError, DataError
+from flanmoe.core.names import listing, nearest_name_hint
 from flanmoe.core.seeds import SeedTree
+from flanmoe.data.contamination import EvaluationIndex, overlapping_rows
 from flanmoe.data.example import Example
+from flanmoe.data.flan2022 import Flan2022, flan2022_tasks
 from flanmoe.data.sources.base import EVALUATION_ONLY_REASON
 from flanmoe.data.tasks import Task, TaskConfig, load_tasks
 
@@ -28,14 +33,41 @@ class MixtureConfig(Config):
 
     Attributes:
         tasks: the tasks; each a mapping, or just its name.
+        flan2022: the mixture of FLAN 2022 over whatever of its tasks the data folder holds; in place of
+            `tasks`, or beside tasks that have rates.
+        held_out: clusters, or names of tasks, that are left out of what the rest names.
+        without_overlap_of: evaluated tasks. Examples that share a text, or 13 words in a row, with one of
+            theirs are left out of training and counted (see `flanmoe.data.contamination`).
         temperature: 1 keeps the rates as they are, larger values even them out.
         maximum_per_task: cap on the size that a task counts with, where the task sets no cap of its
             own. It limits the rate only: every example is still drawn once an epoch.
     """
 
-    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    tasks: tuple[TaskConfig, ...] = ()
+    flan2022: Flan2022 | None = None
+    held_out: tuple[str, ...] = ()
+    without_overlap_of: tuple[TaskConfig, ...] = ()
     temperature: float = Field(default=1.0, gt=0)
     maximum_per_task: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _something_is_drawn(self) -> "MixtureConfig":
+        if not self.tasks and self.flan2022 is None:
+            raise ValueError(
+                "must hold at least 1 entry in `tasks`, or `flan2022`, but found neither"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _held_in_or_held_out(self) -> "MixtureConfig":
+        named = {task.name for task in self.tasks} | {task.identity for task in self.tasks}
+        both = sorted(named.intersection(self.held_out))
+        if both:
+            raise ValueError(
+                f"a task is either trained on or held out, but {listing(both)} stands in `tasks` and in "
+                "`held_out`; take it out of one"
+            )
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +131,7 @@ class Mixture:
             ConfigError: see the class.
         """
         return cls(
-            load_tasks(config.tasks, data_dir=data_dir),
+            mixed_tasks(config, data_dir=data_dir),
             seeds=seeds,
             temperature=config.temperature,
             maximum_per_task=config.maximum_per_task,
@@ -132,15 +164,32 @@ class Mixture:
         """Return the drawn example."""
         return self.tasks[draw.task].examples[draw.row]
 
+    def content_hash(self, draw: Draw) -> str:
+        """Return the content hash of the drawn example, without reading it."""
+        return self.tasks[draw.task].content_hashes[draw.row]
+
+    def sample_seeds(self, draw: Draw) -> SeedTree:
+        """Return the seeds of a draw's rendering: a function of seed, task, epoch and row only."""
+        task = self.tasks[draw.task]
+        return self._seeds.child("sample").child(task.name, draw.epoch).child("row", draw.row)
+
     def drawn(self, counts: Mapping[str, int]) -> Iterator[Draw]:
         """Yield a draw of each example that is drawn when tasks have been drawn this often."""
         for position, task in enumerate(self.tasks):
             for row in self._order(position, 0)[: counts.get(task.name, 0)]:
                 yield Draw(task=position, epoch=0, row=int(row))
 
+    def times_drawn(self, counts: Mapping[str, int]) -> Iterator[tuple[Draw, int]]:
+        """Yield a draw of each example drawn so far, and how often it was."""
+        for position, task in enumerate(self.tasks):
+            epochs, rest = divmod(counts.get(task.name, 0), task.size)
+            again = set(self._order(position, epochs)[:rest].tolist())
+            for row in range(task.size) if epochs else sorted(again):
+                yield Draw(task=position, epoch=0, row=row), epochs + (row in again)
+
     def drawn_hashes(self, counts: Mapping[str, int]) -> frozenset[str]:
         """Return the content hashes of all examples drawn when tasks have been drawn this often."""
-        return frozenset(self.example(draw).content_hash() for draw in self.drawn(counts))
+        return frozenset(map(self.content_hash, self.drawn(counts)))
 
     def _order(self, position: int, epoch: int) -> Int[np.ndarray, " N"]:
         kept = self._orders.get(position)
@@ -150,6 +199,50 @@ class Mixture:
             kept = (epoch, branch.numpy().permutation(task.size))
             self._orders[position] = kept
         return kept[1]
+
+
+def mixed_tasks(config: MixtureConfig, *, data_dir: Path | None = None) -> list[Task]:
+    """Load what a mixture is drawn from: its tasks and FLAN's, without what is held out.
+
+    Raises:
+        DataError: if a task cannot be found, or nothing is left.
+        ConfigError: if `held_out` names what none of them is.
+    """
+    configs = list(config.tasks)
+    if config.flan2022 is not None:
+        found = flan2022_tasks(config.flan2022, data_dir)
+        configs += found.tasks
+        if found.absent:
+            warn(
+                f"Of FLAN 2022 the data folder holds nothing of {listing(found.absent)}; the other "
+                "sub-mixtures share its rate."
+            )
+    tasks = load_tasks(configs, data_dir=data_dir)
+    kept = _without_held_out(tasks, config.held_out)
+    if not kept:
+        raise DataError(f"The mixture has no task left: `held_out` takes out all {len(tasks)}.")
+    return _without_overlap(kept, load_tasks(config.without_overlap_of, data_dir=data_dir))
+
+
+def _without_overlap(tasks: Sequence[Task], evaluated: Sequence[Task]) -> list[Task]:
+    if not evaluated:
+        return list(tasks)
+    index = EvaluationIndex.of({task.name: task.examples for task in evaluated})
+    return [task.without(overlapping_rows(task.examples, index)) for task in tasks]
+
+
+def _without_held_out(tasks: Sequence[Task], held_out: Sequence[str]) -> list[Task]:
+    kept = list(tasks)
+    for name in held_out:
+        matched = [task for task in tasks if name in (task.cluster, task.name, task.config.name)]
+        if not matched:
+            known = sorted({known for task in tasks for known in (task.cluster, task.config.name)})
+            raise ConfigError(
+                f"`held_out` must name clusters or tasks of the mixture, but `{name}` is neither."
+                f"{nearest_name_hint(name, known)} Known: {listing(known)}."
+            )
+        kept = [task for task in kept if task not in matched]
+    return kept
 
 
 def _check_trainable(tasks: Sequence[Task]) -> None:
@@ -182,7 +275,8 @@ def _weights(tasks: Sequence[Task], maximum: int | None) -> list[float]:
             f"Either every task of a mixture has a `rate` or none has, but `{given[0].name}` has "
             f"one and `{missing[0]}` has not. Rates are shares of the draws; sizes are not."
         )
-    if maximum is not None or any(task.config.cap is not None for task in tasks):
+    capped = [task.name for task in tasks if task.config.cap is not None and not task.config.group]
+    if maximum is not None or capped:
         raise ConfigError(
             "`cap` and `maximum_per_task` have no effect in a mixture with rates, but are set. "
             "Take them out, or take out the rates."
@@ -191,12 +285,12 @@ def _weights(tasks: Sequence[Task], maximum: int | None) -> list[float]:
 
 
 def _shared_rates(tasks: Sequence[Task]) -> list[float]:
-    """A rate given to a whole family is shared out among its tasks by their sizes."""
-    sizes: dict[str, int] = {}
-    for task in tasks:
-        group = task.config.group or task.name
-        sizes[group] = sizes.get(group, 0) + task.size
+    """A rate given to a whole group is shared out among its tasks by their sizes, up to their caps."""
+    counted = [min(task.size, task.config.cap or task.size) for task in tasks]
+    totals: Counter[str] = Counter()
+    for task, size in zip(tasks, counted, strict=True):
+        totals[task.config.group or task.name] += size
     return [
-        (task.config.rate or 0.0) * task.size / sizes[task.config.group or task.name]
-        for task in tasks
+        (task.config.rate or 0.0) * size / totals[task.config.group or task.name]
+        for task, size in zip(tasks, counted, strict=True)
     ]

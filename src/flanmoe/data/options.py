@@ -38,8 +38,9 @@ class SplitQuestion:
 
 
 def letter(index: int) -> str:
-    """Return the letter of an option: A for 0, B for 1, ..."""
-    return chr(ord("A") + index)
+    """Return the letter of an option: A for 0, B for 1, ..., and AA, AB, ... after Z."""
+    before, place = divmod(index, MAXIMUM_OPTIONS)
+    return (letter(before - 1) if before else "") + chr(ord("A") + place)
 
 
 def split_question(question: str, answer: str) -> SplitQuestion | None:

@@ -8,7 +8,9 @@ longest example first, each into the row that it fills best.
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -35,12 +37,14 @@ class PackingConfig(Config):
             or stop with an `error`.
         examples_per_row: how many examples may share a row; None for as many as fit. With 1 nothing
             is packed, which every decoder can be trained with and which leaves much padding.
+        token_cache: keep the tokens of every text in the cache folder; see `flanmoe.data.token_cache`.
     """
 
     length: int = Field(default=1024, ge=2)
-    window: int = Field(default=128, ge=1)
+    window: int = Field(default=512, ge=1)
     on_too_long: Literal["drop", "truncate", "error"] = "drop"
     examples_per_row: int | None = Field(default=None, ge=1)
+    token_cache: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +80,14 @@ class TaskCounts(Config):
         tokens: their tokens.
         dropped: examples left out because they do not fit in a row.
         truncated: examples whose end was cut off.
+        without_exemplars: few-shot samples left out because not one exemplar fits before them.
     """
 
     examples: int = 0
     tokens: int = 0
     dropped: int = 0
     truncated: int = 0
+    without_exemplars: int = 0
 
     def __add__(self, other: "TaskCounts") -> "TaskCounts":
         return TaskCounts(
@@ -89,6 +95,7 @@ class TaskCounts(Config):
             tokens=self.tokens + other.tokens,
             dropped=self.dropped + other.dropped,
             truncated=self.truncated + other.truncated,
+            without_exemplars=self.without_exemplars + other.without_exemplars,
         )
 
 
@@ -130,27 +137,18 @@ class PackingReport(Config):
         """Examples whose end was cut off."""
         return sum(counts.truncated for counts in self.tasks.values())
 
+    @property
+    def num_without_exemplars(self) -> int:
+        """Few-shot samples left out because not one exemplar fits before them."""
+        return sum(counts.without_exemplars for counts in self.tasks.values())
+
     @classmethod
     def of_rows(cls, rows: Iterable[Packed]) -> "PackingReport":
         """Count packed rows."""
-        num_rows = real = padding = loss = 0
-        tasks: dict[str, TaskCounts] = {}
+        tally = PackingTally()
         for row in rows:
-            sizes = np.bincount(row.segment_ids, minlength=len(row.tasks) + 1)
-            num_rows += 1
-            padding += int(sizes[0])
-            real += int(sizes[1:].sum())
-            loss += row.num_loss_tokens
-            for task, tokens in zip(row.tasks, sizes[1:], strict=True):
-                counts = TaskCounts(examples=1, tokens=int(tokens))
-                tasks[task] = tasks.get(task, TaskCounts()) + counts
-        return cls(
-            rows=num_rows,
-            real_tokens=real,
-            padding_tokens=padding,
-            loss_tokens=loss,
-            tasks=tasks,
-        )
+            tally.add_row(row)
+        return tally.report()
 
     def __add__(self, other: "PackingReport") -> "PackingReport":
         tasks = dict(self.tasks)
@@ -172,14 +170,75 @@ class PackingReport(Config):
             "examples": self.num_examples,
             "dropped": self.num_dropped,
             "truncated": self.num_truncated,
+            "without_exemplars": self.num_without_exemplars,
         }
 
 
-def tokenize(rendered: Rendered, tokenizer: Tokenizer) -> TokenizedExample:
-    """Encode prompt and response as one text; the loss mask follows the loss spans.
+Change = Literal["dropped", "truncated", "without_exemplars"]
 
-    A token enters the loss when all of its characters lie in a loss span. One that straddles the
-    border between prompt and response belongs to the prompt: the model is given it.
+
+class PackingTally:
+    """A packing report that grows in place, for counting row by row.
+
+    Args:
+        report: what it starts with.
+    """
+
+    def __init__(self, report: PackingReport | None = None) -> None:
+        begun = report or PackingReport()
+        self._rows = begun.rows
+        self._real_tokens = begun.real_tokens
+        self._padding_tokens = begun.padding_tokens
+        self._loss_tokens = begun.loss_tokens
+        self._tasks = {name: counts.model_dump() for name, counts in begun.tasks.items()}
+
+    def add_row(self, row: Packed) -> None:
+        """Count a packed row."""
+        sizes = np.bincount(row.segment_ids, minlength=len(row.tasks) + 1).tolist()
+        self._rows += 1
+        self._padding_tokens += sizes[0]
+        self._real_tokens += sum(sizes[1:])
+        self._loss_tokens += row.num_loss_tokens
+        for task, tokens in zip(row.tasks, sizes[1:], strict=True):
+            counts = self._counts_of(task)
+            counts["examples"] += 1
+            counts["tokens"] += tokens
+
+    def add_change(self, task: str, change: Change) -> None:
+        """Count an example that was left out or cut."""
+        self._counts_of(task)[change] += 1
+
+    def report(self) -> PackingReport:
+        """Return the counts so far."""
+        return PackingReport(
+            rows=self._rows,
+            real_tokens=self._real_tokens,
+            padding_tokens=self._padding_tokens,
+            loss_tokens=self._loss_tokens,
+            tasks={name: TaskCounts(**counts) for name, counts in self._tasks.items()},
+        )
+
+    def copy(self) -> "PackingTally":
+        """Return a tally of its own with the same counts."""
+        other = copy(self)
+        other._tasks = {name: dict(counts) for name, counts in self._tasks.items()}
+        return other
+
+    def _counts_of(self, task: str) -> dict[str, int]:
+        return self._tasks.setdefault(task, dict.fromkeys(TaskCounts.model_fields, 0))
+
+
+def tokenize(rendered: Rendered, tokenizer: Tokenizer) -> TokenizedExample:
+    """Tokenize one rendered example; see `tokenize_all`."""
+    return tokenize_all([rendered], tokenizer)[0]
+
+
+def tokenize_all(rendered: Sequence[Rendered], tokenizer: Tokenizer) -> list[TokenizedExample]:
+    """Encode prompt and response of each as one text; the loss mask follows the loss spans.
+
+    All texts go to the tokenizer in one call: fast tokenizers share them out among the cores. A token
+    enters the loss when all of its characters lie in a loss span. One that straddles the border between
+    prompt and response belongs to the prompt: the model is given it.
 
     Raises:
         DataError: if the tokenizer gives no character offsets.
@@ -189,29 +248,42 @@ def tokenize(rendered: Rendered, tokenizer: Tokenizer) -> TokenizedExample:
             "Packing needs a fast tokenizer (one that gives character offsets), but "
             f"{type(tokenizer).__name__} is a slow one. Load it with `use_fast=True`."
         )
+    if not rendered:
+        return []
     encoding = tokenizer(
-        rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        [one.text for one in rendered],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
     )
-    return TokenizedExample(
-        input_ids=np.asarray(encoding["input_ids"], dtype=np.int64),
-        loss_mask=_loss_mask(encoding["offset_mapping"], rendered.loss_spans),
-        task=rendered.task,
-        key=rendered.key,
-        content_hash=rendered.content_hash,
-    )
+    return [
+        TokenizedExample(
+            input_ids=np.array(input_ids, dtype=np.int64),
+            loss_mask=_loss_mask(offsets, one.loss_spans),
+            task=one.task,
+            key=one.key,
+            content_hash=one.content_hash,
+        )
+        for one, input_ids, offsets in zip(
+            rendered, encoding["input_ids"], encoding["offset_mapping"], strict=True
+        )
+    ]
 
 
 def _loss_mask(
     offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
 ) -> Bool[np.ndarray, " L"]:
+    bounds = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(-1, 2)
+    starts, ends = bounds[:, 0], bounds[:, 1]
+    reached = np.zeros_like(ends)
+    np.maximum.accumulate(ends[:-1], out=reached[1:])
+    # Byte-level tokenizers leave the space before a word out of its offsets; it belongs to the token.
+    firsts = np.minimum(starts, reached)
     mask = np.zeros(len(offsets), dtype=np.bool_)
-    reached = 0
-    for index, (start, end) in enumerate(offsets):
-        # Byte-level tokenizers leave the space before a word out of its offsets; it belongs to
-        # the token.
-        first = min(start, reached)
-        mask[index] = any(begin <= first and end <= stop for begin, stop in spans)
-        reached = max(reached, end)
+    for begin, stop in spans:
+        mask |= (begin <= firsts) & (ends <= stop)
     mask[:1] = False
     return mask
 
@@ -225,19 +297,20 @@ def fit(
         DataError: for the first example that is too long, when the config asks for an error.
     """
     kept: list[TokenizedExample] = []
-    changes: dict[str, TaskCounts] = {}
+    tally = PackingTally()
     for example in examples:
-        fitting, change = _fitted(example, config)
+        fitting, change = fitted(example, config)
         if fitting is not None:
             kept.append(fitting)
         if change is not None:
-            changes[example.task] = changes.get(example.task, TaskCounts()) + change
-    return kept, PackingReport(tasks=changes)
+            tally.add_change(example.task, change)
+    return kept, tally.report()
 
 
-def _fitted(
+def fitted(
     example: TokenizedExample, config: PackingConfig
-) -> tuple[TokenizedExample | None, TaskCounts | None]:
+) -> tuple[TokenizedExample | None, Change | None]:
+    """Return what of an example goes into a row, and what was done to it; see `fit`."""
     if len(example) <= config.length:
         return example, None
     if config.on_too_long == "error":
@@ -248,8 +321,8 @@ def _fitted(
         )
     cut = example.truncated(config.length)
     if config.on_too_long == "truncate" and cut.loss_mask.any():
-        return cut, TaskCounts(truncated=1)
-    return None, TaskCounts(dropped=1)
+        return cut, "truncated"
+    return None, "dropped"
 
 
 def assign_rows(

@@ -6,28 +6,31 @@ task had been drawn before it. Everything else is computed again.
 """
 
 from bisect import bisect_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
 from typing import Any
 
 from flanmoe.core.cache import fingerprint
 from flanmoe.core.errors import DataError, RunError
 from flanmoe.core.seeds import SeedTree
 from flanmoe.data.chat import render_chat
-from flanmoe.data.example import Packed
+from flanmoe.data.example import Packed, Rendered
 from flanmoe.data.mixture import Draw, Mixture
 from flanmoe.data.packing import (
     PackingConfig,
     PackingReport,
+    PackingTally,
     TokenizedExample,
-    fit,
+    fitted,
     grouped,
     packed_row,
     report_from_state,
-    tokenize,
+    tokenize_all,
 )
+from flanmoe.data.renderers.template import NoExemplarError
+from flanmoe.data.token_cache import TokenCache
 from flanmoe.data.tokenizer import Tokenizer, padding_id
 
 # A loader may be this many windows ahead of the training step that a checkpoint is taken at.
@@ -44,14 +47,14 @@ class _WindowStart:
         window: number of the window.
         first_row: rows that all windows before it gave, over all ranks.
         counts: draws of each task before it.
-        report: what had been packed before it.
-        num_dropped: how many different examples had been left out before it.
+        tally: what had been packed before it.
+        num_dropped: how many draws had been left out before it.
     """
 
     window: int
     first_row: int
     counts: dict[str, int]
-    report: PackingReport
+    tally: PackingTally
     num_dropped: int
 
 
@@ -102,7 +105,7 @@ class PackedStream:
         self._seeds = seeds
         self._identity = self._fingerprint()
         nothing = _WindowStart(
-            window=0, first_row=0, counts={}, report=PackingReport(), num_dropped=0
+            window=0, first_row=0, counts={}, tally=PackingTally(), num_dropped=0
         )
         self._start_at(nothing, dropped=())
 
@@ -122,7 +125,7 @@ class PackedStream:
     @property
     def report(self) -> PackingReport:
         """What has been packed so far, over all ranks: rows given, drops of windows begun."""
-        return self._report
+        return self._tally.report()
 
     @property
     def seen_hashes(self) -> frozenset[str]:
@@ -135,10 +138,12 @@ class PackedStream:
     @property
     def row_hashes(self) -> frozenset[str]:
         """Content hashes of the examples that stand in the rows given so far, over all ranks."""
+        start = self._starts[-1]
+        dropped = Counter(self._dropped[: start.num_dropped])
         found = {
-            self.mixture.example(draw).content_hash()
-            for draw in self.mixture.drawn(self._starts[-1].counts)
-            if self._place(draw) not in self._dropped
+            self.mixture.content_hash(draw)
+            for draw, times in self.mixture.times_drawn(start.counts)
+            if dropped[self._place(draw)] < times
         }
         return frozenset(found).union(
             *(row.content_hashes for row in self._rows[: self._given_of_window])
@@ -173,8 +178,8 @@ class PackedStream:
             "window": start.window,
             "first_row": start.first_row,
             "counts": dict(start.counts),
-            "report": start.report.model_dump(mode="json"),
-            "dropped": [list(place) for place in islice(self._dropped, start.num_dropped)],
+            "report": start.tally.report().model_dump(mode="json"),
+            "dropped": [list(place) for place in self._dropped[: start.num_dropped]],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -196,7 +201,7 @@ class PackedStream:
             window=int(state["window"]),
             first_row=int(state["first_row"]),
             counts={name: int(count) for name, count in state["counts"].items()},
-            report=report_from_state(state["report"]),
+            tally=PackingTally(report_from_state(state["report"])),
             num_dropped=len(dropped),
         )
         self._start_at(start, dropped=dropped)
@@ -208,10 +213,10 @@ class PackedStream:
         self._starts: deque[_WindowStart] = deque([start], maxlen=_KEPT_WINDOWS)
         self._window = start.window
         self._counts = dict(start.counts)
-        self._report = start.report
-        # Task and row of each example left out, in the order of their first draw: an example is
-        # too long every time.
-        self._dropped = dict.fromkeys(dropped)
+        self._tally = start.tally.copy()
+        # Task and row of each draw left out. A drawn wording can be too long in one epoch and fit in
+        # another.
+        self._dropped = list(dropped)
         self._rows: list[_Row] = []
         self._given_of_window = 0
         self._global_row = start.first_row
@@ -231,7 +236,7 @@ class PackedStream:
         row = self._rows[self._given_of_window].packed
         self._given_of_window += 1
         self._global_row += 1
-        self._report = self._report + PackingReport.of_rows([row])
+        self._tally.add_row(row)
         return row
 
     def _open_window(self) -> None:
@@ -239,7 +244,7 @@ class PackedStream:
             window=self._window,
             first_row=self._global_row,
             counts=dict(self._counts),
-            report=self._report,
+            tally=self._tally.copy(),
             num_dropped=len(self._dropped),
         )
         if self._starts[-1].window == start.window:
@@ -265,31 +270,68 @@ class PackedStream:
 
     def _fitting_window(self) -> list[TokenizedExample]:
         """Draw a window; return the examples that fit in a row, and count the others."""
+        draws: list[Draw] = []
+        rendered: list[Rendered | None] = []
         first = self._window * self.config.window
-        examples: list[TokenizedExample] = []
         for index in range(first, first + self.config.window):
             draw = self.mixture.draw(index, counts=self._counts)
-            fitting, report = fit([self._tokenized(draw)], self.config)
-            if report.tasks:
-                self._report = self._report + report
-            if not fitting:
-                self._dropped.setdefault(self._place(draw))
-            examples += fitting
+            draws.append(draw)
+            rendered.append(self._rendered(draw))
+        texts = [one for one in rendered if one is not None]
+        tokenized = iter(self._tokenized(texts))
+        examples: list[TokenizedExample] = []
+        for draw, one in zip(draws, rendered, strict=True):
+            fitting = (
+                self._without_exemplars(draw) if one is None else self._fitting(next(tokenized))
+            )
+            if fitting is None:
+                self._dropped.append(self._place(draw))
+            else:
+                examples.append(fitting)
         return examples
 
-    def _place(self, draw: Draw) -> tuple[str, int]:
-        return self.mixture.tasks[draw.task].name, draw.row
+    @cached_property
+    def _cache(self) -> TokenCache | None:
+        if not self.config.token_cache:
+            return None
+        # Every rank tokenises the same texts: one of them keeps the tokens.
+        return TokenCache(self._tokenizer, writes=self.rank == 0)
 
-    def _tokenized(self, draw: Draw) -> TokenizedExample:
+    def _tokenized(self, rendered: Sequence[Rendered]) -> list[TokenizedExample]:
+        if self._cache is None:
+            return tokenize_all(rendered, self._tokenizer)
+        return self._cache.tokenize_all(rendered)
+
+    def _rendered(self, draw: Draw) -> Rendered | None:
+        """Count and render a draw; None where exemplars are to be shown and not one fits."""
         task = self.mixture.tasks[draw.task]
         self._counts[task.name] = self._counts.get(task.name, 0) + 1
         example = self.mixture.example(draw)
-        rendered = render_chat(example, task.renderer, self._tokenizer, task.name)
-        return tokenize(rendered, self._tokenizer)
+        seeds = self.mixture.sample_seeds(draw)
+        try:
+            return render_chat(example, task.renderer, self._tokenizer, task.name, seeds=seeds)
+        except NoExemplarError:
+            return None
+
+    def _without_exemplars(self, draw: Draw) -> None:
+        self._tally.add_change(self.mixture.tasks[draw.task].name, "without_exemplars")
+
+    def _fitting(self, example: TokenizedExample) -> TokenizedExample | None:
+        fitting, change = fitted(example, self.config)
+        if change is not None:
+            self._tally.add_change(example.task, change)
+        return fitting
+
+    def _place(self, draw: Draw) -> tuple[str, int]:
+        return self.mixture.tasks[draw.task].name, draw.row
 
     def _fingerprint(self) -> str:
         tasks = [
             [task.name, task.size, self.mixture.rates[task.name]] for task in self.mixture.tasks
         ]
         seed = [self._seeds.root, *self._seeds.path]
-        return fingerprint({"tasks": tasks, "packing": self.config.to_mapping(), "seed": seed})
+        # Where tokens come from changes no row.
+        packing = {
+            name: value for name, value in self.config.to_mapping().items() if name != "token_cache"
+        }
+        return fingerprint({"tasks": tasks, "packing": packing, "seed": seed})

@@ -1,28 +1,37 @@
 """Tasks: where examples come from, how they are rendered, which scorer they want."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import numpy as np
+from jaxtyping import Int
 from pydantic import Field, field_validator, model_validator
 
 from flanmoe.core.config import Config
 from flanmoe.core.errors import ConfigError, DataError
 from flanmoe.core.names import listing, nearest_name_hint
+from flanmoe.data.catalogue import known_set
+from flanmoe.data.chosen import Chosen
 from flanmoe.data.example import Example
 from flanmoe.data.renderers import AUTO, Renderer, renderer_named, renderers
-from flanmoe.data.rows import example_from_row
+from flanmoe.data.renderers.template import AUTO_FAMILY, TemplateConfig, TemplateRenderer
 from flanmoe.data.sources.base import Source
 from flanmoe.data.sources.exemplars import PREFIX, exemplar_families, exemplar_index
-from flanmoe.data.sources.finding import DEFAULT_SPLIT, find_source
+from flanmoe.data.sources.finding import DEFAULT_SPLIT, find_source, resolve_data_dir
+from flanmoe.data.store import ExampleStore, example_store
+from flanmoe.data.store import Rejected as Rejected
+from flanmoe.data.templates.flan import FLAN_PREFIX
+from flanmoe.data.templates.folder import families
 
 CHOICE_SCORER = "choice_likelihood"
 REFERENCE_SCORER = "reference_likelihood"
 
 _EVERY = "/*"
+
+_Item = TypeVar("_Item")
 
 
 class TaskConfig(Config):
@@ -39,6 +48,10 @@ class TaskConfig(Config):
             together. Without rates, tasks are drawn by their sizes.
         cap: largest size that the task counts with when there are no rates.
         cluster: name under which results are grouped; by default the family, or the name.
+        labels: names of a classification's labels in words, in the order in which they are offered
+            (`{entailment: "yes", contradiction: "no"}`); they become the choices.
+        template: wordings, exemplars and option styles that are drawn for each sample; in place of
+            `renderer`.
         exclude: with `family/*`, names or patterns below the family that are left out.
         on_bad_record: what a record that cannot be read does: stop with an `error`, or be left out
             (`skip`) and counted in `Task.rejected`.
@@ -52,6 +65,8 @@ class TaskConfig(Config):
     rate: float | None = Field(default=None, gt=0)
     cap: int | None = Field(default=None, ge=1)
     cluster: str | None = None
+    labels: dict[str, str] | None = Field(default=None, min_length=2)
+    template: TemplateConfig | None = None
     exclude: tuple[str, ...] = ()
     on_bad_record: Literal["error", "skip"] = "error"
     group: str | None = None
@@ -82,6 +97,15 @@ class TaskConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_way_to_render(self) -> "TaskConfig":
+        if self.template is not None and self.renderer != AUTO:
+            raise ValueError(
+                f"`template` takes the place of `renderer`, but both are set (`{self.renderer}`); take "
+                "one out"
+            )
+        return self
+
     @property
     def is_family(self) -> bool:
         """Whether the name stands for every task below it."""
@@ -92,21 +116,9 @@ class TaskConfig(Config):
         """Name of the task in reports: `name`, with `:split` and `@renderer` if not the default."""
         subset = f"[{self.subset}]" if self.subset else ""
         split = "" if self.split == DEFAULT_SPLIT else f":{self.split}"
-        renderer = "" if self.renderer == AUTO else f"@{self.renderer}"
+        named = self.template.family if self.template else self.renderer
+        renderer = "" if named == AUTO else f"@{named}"
         return f"{self.name}{subset}{split}{renderer}"
-
-
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """A record that was left out.
-
-    Attributes:
-        locator: file and line.
-        reason: why it cannot be read.
-    """
-
-    locator: str
-    reason: str
 
 
 class Task:
@@ -115,60 +127,100 @@ class Task:
     Args:
         config: what and how; no family.
         source: where its rows come from.
+        exemplars: the task whose examples are shown before a question; None for the task itself.
     """
 
-    def __init__(self, config: TaskConfig, source: Source) -> None:
+    def __init__(
+        self, config: TaskConfig, source: Source, *, exemplars: "Task | None" = None
+    ) -> None:
         self.config = config
         self.source = source
+        self._exemplars = exemplars
+        self._kept: Int[np.ndarray, " K"] | None = None
         self.name = config.identity
         self.cluster = config.cluster or _default_cluster(config.name)
-        self.renderer: Renderer = renderer_named(config.renderer)
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """What turns an example of this task into text.
+
+        Raises:
+            DataError: if its template family is not known or needs a field that examples lack.
+        """
+        if self.config.template is None:
+            return renderer_named(self.config.renderer)
+        pool = self if self._exemplars is None else self._exemplars
+        return TemplateRenderer(self.config.template, self.name, pool.examples)
 
     @property
     def evaluation_only(self) -> bool:
         """True where the authors ask that nothing is trained on it."""
         return self.source.evaluation_only
 
-    @cached_property
-    def examples(self) -> tuple[Example, ...]:
-        """All examples, in the order of the source.
+    @property
+    def examples(self) -> Sequence[Example]:
+        """All examples, in the order of the source; of large sources each is read when it is asked for.
 
         Raises:
             DataError: with file and line, if a record cannot be read and the config says `error`;
                 or if no example is left.
+            DiskError: if they are to be kept in the cache and it cannot be written.
         """
-        return self._read[0]
+        return self._chosen(self._store.examples)
+
+    def without(self, rows: Int[np.ndarray, " R"]) -> "Task":
+        """Return this task without some rows of it; exemplars come from the others too.
+
+        Args:
+            rows: positions in `examples`.
+
+        Raises:
+            DataError: if nothing would be left.
+        """
+        if len(rows) == self.size:
+            raise DataError(
+                f"The task `{self.name}` has no example left: all {self.size} are left out."
+            )
+        task = Task(self.config, self.source, exemplars=self._exemplars)
+        before = np.arange(len(self._store.examples)) if self._kept is None else self._kept
+        task._kept = np.delete(before, rows)
+        return task
+
+    @property
+    def content_hashes(self) -> Sequence[str]:
+        """The content hash of every example, without reading it."""
+        return self._chosen(self._store.content_hashes)
 
     @property
     def rejected(self) -> tuple[Rejected, ...]:
         """Records left out because they could not be read (with `on_bad_record: skip`)."""
-        return self._read[1]
+        return self._store.rejected
 
     @property
     def size(self) -> int:
         """Number of examples."""
-        return len(self.examples)
+        return len(self._store.examples) if self._kept is None else len(self._kept)
+
+    @property
+    def num_left_out(self) -> int:
+        """Examples that were left out on request (`without`)."""
+        return len(self._store.examples) - self.size
 
     @property
     def scorer(self) -> str:
         """Name of the scorer: of the choices where every example has them, else of the answer."""
-        every = all(example.choices for example in self.examples)
-        return CHOICE_SCORER if every else REFERENCE_SCORER
+        return CHOICE_SCORER if self._store.all_have_choices else REFERENCE_SCORER
+
+    def _chosen(self, items: Sequence[_Item]) -> Sequence[_Item]:
+        return items if self._kept is None else Chosen(items, self._kept)
 
     @cached_property
-    def _read(self) -> tuple[tuple[Example, ...], tuple[Rejected, ...]]:
-        examples: list[Example] = []
-        rejected: list[Rejected] = []
-        for locator, row in self.source.rows():
-            try:
-                examples.append(example_from_row(row, locator))
-            except DataError as error:
-                if self.config.on_bad_record == "error":
-                    raise
-                rejected.append(Rejected(locator=str(locator), reason=str(error)))
-        if not examples:
-            raise DataError(_empty(self.name, rejected))
-        return tuple(examples), tuple(rejected)
+    def _store(self) -> ExampleStore:
+        labels, on_bad_record = self.config.labels, self.config.on_bad_record
+        store = example_store(self.source, labels=labels, on_bad_record=on_bad_record)
+        if not store.examples:
+            raise DataError(_empty(self.name, store.rejected))
+        return store
 
 
 def num_rejected(tasks: Sequence[Task]) -> dict[str, int]:
@@ -188,8 +240,54 @@ def load_task(config: TaskConfig, *, data_dir: Path | None = None) -> Task:
             f"One task is needed here, but `{config.name}` stands for all tasks of a family. Name "
             "one of them."
         )
+    config = _with_flan_folder(with_catalogue(config), data_dir)
     source = find_source(config.name, split=config.split, subset=config.subset, data_dir=data_dir)
-    return Task(config, source)
+    return Task(config, source, exemplars=_exemplar_task(config, data_dir))
+
+
+def with_catalogue(config: TaskConfig) -> TaskConfig:
+    """Return the config with what it leaves out taken from the catalogue's entry of its data set.
+
+    Raises:
+        ConfigError: if the family of its template is `auto` and there is no entry.
+    """
+    entry, template = known_set(config.name), config.template
+    if template is not None and template.family == AUTO_FAMILY:
+        if entry is None:
+            raise ConfigError(
+                f"The data set `{config.name}` needs a `template.family`, because the catalogue does not "
+                f"know it. Families: {listing(families(template.folder))}."
+            )
+        template = template.model_copy(update={"family": entry.family})
+    if entry is None:
+        return config
+    if template is not None and template.family == entry.family:
+        template = template.model_copy(update={"fields": {**entry.fields, **template.fields}})
+    missing = {
+        "cluster": config.cluster or entry.cluster,
+        "labels": config.labels or entry.labels,
+        "template": template,
+    }
+    return config.model_copy(update=missing)
+
+
+def _with_flan_folder(config: TaskConfig, data_dir: Path | None) -> TaskConfig:
+    """FLAN's own templates lie in the data folder, where no other folder is named."""
+    template = config.template
+    if template is None or template.folder or not template.family.startswith(FLAN_PREFIX):
+        return config
+    found = template.model_copy(update={"folder": resolve_data_dir(data_dir)})
+    return config.model_copy(update={"template": found})
+
+
+def _exemplar_task(config: TaskConfig, data_dir: Path | None) -> Task | None:
+    """The split that exemplars come from, where it is another one: a question never shows its own split."""
+    template = config.template
+    if template is None or not template.few_shot_share or config.split == template.exemplar_split:
+        return None
+    shown = config.model_copy(update={"split": template.exemplar_split})
+    source = find_source(shown.name, split=shown.split, subset=shown.subset, data_dir=data_dir)
+    return Task(shown, source)
 
 
 def load_tasks(configs: Sequence[TaskConfig], *, data_dir: Path | None = None) -> list[Task]:

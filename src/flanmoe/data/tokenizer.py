@@ -20,8 +20,8 @@ class Tokenizer(Protocol):
     eos_token_id: Any
     pad_token_id: Any
 
-    def __call__(self, text: str, **options: Any) -> Mapping[str, Any]:
-        """Encode one text."""
+    def __call__(self, text: str | list[str], **options: Any) -> Mapping[str, Any]:
+        """Encode one text, or several at once: then each value is a list with one entry a text."""
         ...
 
     def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **options: Any) -> Any:

@@ -26,6 +26,24 @@ from flanmoe.training.checkpoints import latest_checkpoint
 from flanmoe.training.tune import TuneResult, tune
 
 
+class MixedTask(Config):
+    """A task as it stands in a mixture.
+
+    Attributes:
+        size: examples that it holds.
+        left_out: examples of it left out because they overlap with evaluated ones.
+        rate: share of the draws that it was to have.
+        group: tasks that share one rate with it, None for none.
+        cluster: kind of task.
+    """
+
+    size: int
+    left_out: int
+    rate: float
+    group: str | None
+    cluster: str
+
+
 class TuneStageResult(Config):
     """What tuning did and cost.
 
@@ -37,7 +55,7 @@ class TuneStageResult(Config):
         flops: forward FLOPs of one token at the row length.
         memory: the estimate made before the first step, to stand beside the measurement.
         examples_seen: number of different examples that stand in the rows trained on.
-        task_sizes: how many examples each task holds.
+        mixture: the tasks drawn from, by name.
         rejected: records of each task that were left out because they cannot be read.
     """
 
@@ -47,7 +65,7 @@ class TuneStageResult(Config):
     flops: FlopCount
     memory: MemoryEstimate
     examples_seen: int
-    task_sizes: dict[str, int]
+    mixture: dict[str, MixedTask]
     rejected: dict[str, int]
 
 
@@ -88,10 +106,23 @@ def run_tune(
         flops=flops,
         memory=size.memory,
         examples_seen=len(stream.row_hashes),
-        task_sizes={task.name: task.size for task in tasks},
+        mixture=_mixed(stream.mixture),
         rejected=num_rejected(tasks),
     )
     return held.saved(model, context.model_folder), result
+
+
+def _mixed(mixture: Mixture) -> dict[str, MixedTask]:
+    return {
+        task.name: MixedTask(
+            size=task.size,
+            left_out=task.num_left_out,
+            rate=mixture.rates[task.name],
+            group=task.config.group,
+            cluster=task.cluster,
+        )
+        for task in mixture.tasks
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from flanmoe.stages.tune import TuneStageResult
 from flanmoe.study.records import SeedResults
 from flanmoe.study.report_data import (
     ArmReport,
+    ClusterScore,
     Comparison,
     CurvePoint,
     DataReport,
@@ -26,6 +27,7 @@ from flanmoe.study.report_data import (
     LossCurve,
     Memory,
     Metric,
+    MixtureData,
     ReportData,
     RouterLosses,
     Score,
@@ -146,7 +148,16 @@ def _evaluation(result: SuiteResult) -> Evaluation:
                 num_truncated=task.num_truncated,
             )
         )
-    return Evaluation(loss=loss, accuracy=accuracy, tasks=tuple(tasks))
+    return Evaluation(loss=loss, accuracy=accuracy, tasks=tuple(tasks), clusters=_clusters(result))
+
+
+def _clusters(result: SuiteResult) -> tuple[ClusterScore, ...]:
+    found: list[ClusterScore] = []
+    for name, scores in result.clusters.items():
+        loss, accuracy = _scores(scores)
+        num_tasks = sum(task.cluster == name for task in result.tasks)
+        found.append(ClusterScore(cluster=name, num_tasks=num_tasks, loss=loss, accuracy=accuracy))
+    return tuple(found)
 
 
 def _mean_evaluation(results: Sequence[SuiteResult | None]) -> Evaluation | None:
@@ -169,6 +180,17 @@ def _mean_evaluation(results: Sequence[SuiteResult | None]) -> Evaluation | None
                 num_truncated=task.num_truncated,
             )
             for i, task in enumerate(first.tasks)
+        ),
+        clusters=tuple(
+            cluster.model_copy(
+                update={
+                    "loss": _mean_score([item.clusters[i].loss for item in evaluations]),
+                    "accuracy": _mean_score(
+                        [score for item in evaluations if (score := item.clusters[i].accuracy)]
+                    ),
+                }
+            )
+            for i, cluster in enumerate(first.clusters)
         ),
     )
 
@@ -255,11 +277,12 @@ def _data_report(arms: Mapping[str, Sequence[SeedResults]]) -> DataReport:
     packing = merged(tuned.packing for tuned in tunings)
     return evaluated.model_copy(
         update={
-            "tasks": _task_data(tunings, packing),
+            "mixtures": _mixtures(arms),
             "num_tunings": len(tunings),
             "num_seen": max(tuned.examples_seen for tuned in tunings),
             "num_dropped": packing.num_dropped,
             "num_truncated": packing.num_truncated,
+            "num_without_exemplars": packing.num_without_exemplars,
             "padding_share": packing.padding_share,
         }
     )
@@ -270,24 +293,50 @@ def _different_tunings(every: Sequence[SeedResults]) -> list[TuneStageResult]:
     found: dict[str, TuneStageResult] = {}
     for seed in every:
         for label, tuned in seed.tunings.items():
-            drawn = [tuned.packing.to_mapping(), tuned.task_sizes, tuned.examples_seen]
+            drawn = [tuned.packing.to_mapping(), _mixture_identity(tuned), tuned.examples_seen]
             found.setdefault(fingerprint([seed.seed, label, drawn]), tuned)
     return list(found.values())
 
 
-def _task_data(tunings: Sequence[TuneStageResult], packing: PackingReport) -> tuple[TaskData, ...]:
-    sizes = {name: size for tuned in tunings for name, size in tuned.task_sizes.items()}
-    rejected = {name: number for tuned in tunings for name, number in tuned.rejected.items()}
-    draws = {name: packing.tasks.get(name, TaskCounts()).examples for name in sorted(sizes)}
+def _mixture_identity(tuned: TuneStageResult) -> str:
+    return fingerprint({name: task.to_mapping() for name, task in tuned.mixture.items()})
+
+
+def _mixtures(arms: Mapping[str, Sequence[SeedResults]]) -> tuple[MixtureData, ...]:
+    """The mixtures in the order in which arms were first tuned on them."""
+    drawing: dict[str, list[str]] = {}
+    for name, seeds in arms.items():
+        for identity in dict.fromkeys(
+            _mixture_identity(tuned) for seed in seeds for tuned in seed.tunings.values()
+        ):
+            drawing.setdefault(identity, []).append(name)
+    tunings = _different_tunings([seed for seeds in arms.values() for seed in seeds])
+    return tuple(
+        MixtureData(
+            arms=tuple(names),
+            tasks=_task_data([one for one in tunings if _mixture_identity(one) == identity]),
+        )
+        for identity, names in drawing.items()
+    )
+
+
+def _task_data(tunings: Sequence[TuneStageResult]) -> tuple[TaskData, ...]:
+    """The tasks of one mixture, all of its tunings together."""
+    packing = merged(tuned.packing for tuned in tunings)
+    first = tunings[0]
+    counts = {name: packing.tasks.get(name, TaskCounts()) for name in first.mixture}
     return tuple(
         TaskData(
             task=name,
-            num_examples=sizes[name],
-            num_draws=draws[name],
-            share=draws[name] / max(packing.num_examples, 1),
-            num_rejected=rejected.get(name, 0),
+            num_examples=task.size,
+            rate=task.rate,
+            num_draws=counts[name].examples,
+            share=counts[name].examples / max(packing.num_examples, 1),
+            num_tokens=counts[name].tokens,
+            group=task.group or "",
+            num_rejected=first.rejected.get(name, 0),
         )
-        for name in draws
+        for name, task in sorted(first.mixture.items())
     )
 
 
@@ -357,6 +406,7 @@ def _warnings(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:
         f"{'were' if number > 1 else 'was'} left out (`on_bad_record: skip`)."
         for task, number in found.items()
     ]
+    sentences += _overlap_warnings(arms)
     sentences += _packing_warnings(arms)
     for name, seeds in arms.items():
         result = seeds[0].last
@@ -368,6 +418,17 @@ def _warnings(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:
     return sentences
 
 
+def _overlap_warnings(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:
+    tunings = (t for seeds in arms.values() for seed in seeds for t in seed.tunings.values())
+    left_out = {name: task.left_out for tuned in tunings for name, task in tuned.mixture.items()}
+    return [
+        f"{number:,} example{'s' if number > 1 else ''} of {name} {'were' if number > 1 else 'was'} left out "
+        "of training because of overlap with evaluated text (`without_overlap_of`)."
+        for name, number in left_out.items()
+        if number
+    ]
+
+
 def _packing_warnings(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:
     """Sentences about draws left out or cut, all tunings of an arm together; arms by name if they differ."""
     packed = {
@@ -375,7 +436,7 @@ def _packing_warnings(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:
         for name, seeds in arms.items()
         if seeds[0].tunings
     }
-    alike = len({(found.num_dropped, found.num_truncated) for found in packed.values()}) == 1
+    alike = len({_left_out(found) for found in packed.values()}) == 1
     sentences: list[str] = []
     for name, found in packed.items():
         draws = "draws" if alike else f"draws of {name}"
@@ -388,4 +449,13 @@ def _packing_warnings(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:
             sentences.append(
                 f"{found.num_truncated:,} {draws} were cut at their end to fit into a row (`packing.length`)."
             )
+        if found.num_without_exemplars:
+            sentences.append(
+                f"{found.num_without_exemplars:,} few-shot {draws} were left out of training because not one "
+                "exemplar fits before them (`template.prompt_tokens`)."
+            )
     return list(dict.fromkeys(sentences))
+
+
+def _left_out(packing: PackingReport) -> tuple[int, ...]:
+    return packing.num_dropped, packing.num_truncated, packing.num_without_exemplars

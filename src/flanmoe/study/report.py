@@ -15,8 +15,8 @@ from rich.table import Table
 from flanmoe.core import files
 from flanmoe.study.plots import Drawing, drawings
 from flanmoe.study.report_data import ReportData
-from flanmoe.study.report_tables import Section, TextTable, sections, summary
 from flanmoe.study.report_text import EVIDENCE_RULE, claims, limits, verdict
+from flanmoe.study.tables import Section, TextTable, sections, summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def html_report(data: ReportData) -> str:
 
 
 def summary_table(data: ReportData) -> Table:
-    """Return the key table for the terminal; see `report_tables.summary`."""
+    """Return the key table for the terminal; see `tables.summary`."""
     text = summary(data)
     table = Table(title=data.study, caption=text.note, caption_justify="left", title_justify="left")
     for number, name in enumerate(text.header):

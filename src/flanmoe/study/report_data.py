@@ -61,6 +61,22 @@ class TaskScore(Config):
     num_truncated: int = 0
 
 
+class ClusterScore(Config):
+    """Scores on the tasks of one kind, every task counting the same.
+
+    Attributes:
+        cluster: the kind.
+        num_tasks: tasks of that kind.
+        loss: nats per token of the reference answer; its examples are tasks.
+        accuracy: share of right choices, None where no task has choices.
+    """
+
+    cluster: str
+    num_tasks: int
+    loss: Score
+    accuracy: Score | None = None
+
+
 class Evaluation(Config):
     """Scores of one model over all held-out tasks.
 
@@ -68,11 +84,13 @@ class Evaluation(Config):
         loss: mean over all examples.
         accuracy: mean over the examples that have choices, None where none has.
         tasks: the same task by task.
+        clusters: the same by kind of task.
     """
 
     loss: Score
     accuracy: Score | None = None
     tasks: tuple[TaskScore, ...] = ()
+    clusters: tuple[ClusterScore, ...] = ()
 
     @property
     def num_seen(self) -> int:
@@ -258,38 +276,64 @@ class TaskData(Config):
     Attributes:
         task: name of the task.
         num_examples: examples that it holds.
+        rate: share of the draws that it was to have.
         num_draws: how often one of them stands in a row that was trained on.
         share: its share of the draws of all tasks.
+        num_tokens: tokens of those draws.
+        group: tasks that share one rate with it; empty for none.
         num_rejected: records of it that were left out because they cannot be read.
     """
 
     task: str
     num_examples: int
+    rate: float = 0.0
     num_draws: int = 0
     share: float
+    num_tokens: int = 0
+    group: str = ""
     num_rejected: int = 0
+
+
+class MixtureData(Config):
+    """A mixture, and the arms that were tuned on it.
+
+    Attributes:
+        arms: their labels.
+        tasks: training tasks and their shares.
+    """
+
+    arms: tuple[str, ...]
+    tasks: tuple[TaskData, ...]
+
+    @property
+    def groups(self) -> dict[str, tuple[TaskData, ...]]:
+        """Tasks that share a rate, by the name of their group."""
+        names = dict.fromkeys(task.group for task in self.tasks if task.group)
+        return {name: tuple(task for task in self.tasks if task.group == name) for name in names}
 
 
 class DataReport(Config):
     """What was trained on and what was kept back.
 
     Attributes:
-        tasks: training tasks and their shares.
+        mixtures: what was drawn from; arms with the same tasks, sizes and rates together.
         num_tunings: tunings that drew rows of their own: of other data, with another seed, or one after
-            the other. Tasks, drops, cuts and padding are of all of them together.
+            the other. Drops, cuts and padding are of all of them together.
         num_seen: different examples that stand in the rows trained on; of several tunings the most.
         num_dropped: draws that were left out because they were longer than a row.
         num_truncated: draws that were cut to fit into a row.
+        num_without_exemplars: few-shot samples left out because not one exemplar fits before them.
         padding_share: padding over all tokens.
         held_out: evaluated tasks of which other examples may have been trained on (split whole).
         evaluation_only: evaluated tasks that must never be trained on.
     """
 
-    tasks: tuple[TaskData, ...] = ()
+    mixtures: tuple[MixtureData, ...] = ()
     num_tunings: int = 1
     num_seen: int = 0
     num_dropped: int = 0
     num_truncated: int = 0
+    num_without_exemplars: int = 0
     padding_share: float = 0.0
     held_out: tuple[str, ...] = ()
     evaluation_only: tuple[str, ...] = ()

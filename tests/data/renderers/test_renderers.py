@@ -7,6 +7,7 @@ from flanmoe.core.errors import ConfigError, DataError
 from flanmoe.data.example import Example
 from flanmoe.data.renderers import (
     Exchange,
+    Occasion,
     answer_text,
     answer_texts,
     renderer_named,
@@ -68,28 +69,36 @@ INSTRUCTED = Example(
         ),
     ],
 )
-def test_what_is_asked_and_answered(name: str, example: Example, user: str, response: str) -> None:
-    assert renderer_named(name)(example) == Exchange(user=user, response=response)
+def test_what_is_asked_and_answered(
+    name: str, example: Example, user: str, response: str, occasion: Occasion
+) -> None:
+    assert renderer_named(name)(example, occasion) == Exchange(user=user, response=response)
 
 
-def test_auto_chooses_by_what_the_example_has() -> None:
-    auto = renderer_named("auto")
-    assert auto(OPEN) == renderer_named("chain_of_thought")(OPEN)
-    assert auto(BARE) == renderer_named("instruction")(BARE)
-    plain = Example(inputs="Which?", target="x", choices=("x", "y"), label=0)
-    assert auto(plain) == renderer_named("direct")(plain)
+@pytest.mark.parametrize(
+    ("example", "chosen"),
+    [
+        (OPEN, "chain_of_thought"),
+        (BARE, "instruction"),
+        (Example(inputs="Which?", target="x", choices=("x", "y"), label=0), "direct"),
+    ],
+)
+def test_auto_chooses_by_what_the_example_has(
+    example: Example, chosen: str, occasion: Occasion
+) -> None:
+    assert renderer_named("auto")(example, occasion) == renderer_named(chosen)(example, occasion)
 
 
-def test_an_answer_that_ends_a_sentence_gets_no_second_stop() -> None:
+def test_an_answer_that_ends_a_sentence_gets_no_second_stop(occasion: Occasion) -> None:
     example = Example(inputs="How?", target="It stops.", rationales=("Look.",))
-    assert renderer_named("chain_of_thought")(example).response == (
+    assert renderer_named("chain_of_thought")(example, occasion).response == (
         "Look.\nThe answer is It stops."
     )
 
 
-def test_a_chain_of_thought_needs_a_rationale() -> None:
+def test_a_chain_of_thought_needs_a_rationale(occasion: Occasion) -> None:
     with pytest.raises(DataError) as caught:
-        renderer_named("chain_of_thought")(Example(inputs="Q", target="T", key="sums-4"))
+        renderer_named("chain_of_thought")(Example(inputs="Q", target="T", key="sums-4"), occasion)
     assert str(caught.value) == (
         "The renderer `chain_of_thought` needs a rationale, but example `sums-4` has none. Set "
         "`renderer: auto` for the task, which falls back to `direct` or `instruction`."

@@ -5,6 +5,7 @@ To add one, write a file like its neighbours, and name it here.
 
 from flanmoe.data.example import Example
 from flanmoe.data.renderers.base import Exchange as Exchange
+from flanmoe.data.renderers.base import Occasion as Occasion
 from flanmoe.data.renderers.base import Renderer as Renderer
 from flanmoe.data.renderers.base import answer_text as answer_text
 from flanmoe.data.renderers.base import answer_texts as answer_texts
@@ -30,9 +31,9 @@ def renderer_named(name: str) -> Renderer:
     return renderers.get(name)
 
 
-def _render_auto(example: Example) -> Exchange:
+def _render_auto(example: Example, occasion: Occasion) -> Exchange:
     if example.rationales:
-        return render_chain_of_thought(example)
+        return render_chain_of_thought(example, occasion)
     if example.choices:
-        return render_direct(example)
-    return render_instruction(example)
+        return render_direct(example, occasion)
+    return render_instruction(example, occasion)

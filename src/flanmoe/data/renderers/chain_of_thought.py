@@ -2,7 +2,14 @@
 
 from flanmoe.core.errors import DataError
 from flanmoe.data.example import Example
-from flanmoe.data.renderers.base import Exchange, answer_text, fill, question_text, renderers
+from flanmoe.data.renderers.base import (
+    Exchange,
+    Occasion,
+    answer_text,
+    fill,
+    question_text,
+    renderers,
+)
 
 _USER = """\
 {{ question }}
@@ -17,7 +24,7 @@ The answer is {{ answer }}{{ "" if answer[-1] in ".!?" else "." }}
 
 
 @renderers.register("chain_of_thought.v1")
-def render_chain_of_thought(example: Example) -> Exchange:
+def render_chain_of_thought(example: Example, _occasion: Occasion) -> Exchange:
     """Question and options -> first rationale, then "The answer is X.".
 
     Raises:

@@ -1,9 +1,11 @@
 """What every source of rows has in common."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, Protocol, cast, runtime_checkable
+
+from flanmoe.core.errors import DataError
 
 EVALUATION_ONLY_REASON = (
     "the authors of BIG-bench ask that its data never appear in a training corpus."
@@ -41,6 +43,21 @@ class Locator:
         return self.origin if self.number is None else f"{self.origin}:{self.number}"
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What the rows of a source depend on; equal identities mean equal rows.
+
+    Attributes:
+        origin: what the locators of its rows name.
+        content: how the rows are read, and which they are.
+        file: the file whose bytes belong to the content; its path does not.
+    """
+
+    origin: str
+    content: tuple[str | None, ...]
+    file: Path | None = None
+
+
 @runtime_checkable
 class Source(Protocol):
     """Rows of one split, read as a stream.
@@ -64,6 +81,26 @@ class Source(Protocol):
 
     def size(self) -> int:
         """Return the number of rows, reading no more than is needed to count them."""
+        ...
+
+
+@runtime_checkable
+class StorableSource(Source, Protocol):
+    """A source that may be large, so that its examples are kept on disk (`flanmoe.data.store`)."""
+
+    def identity(self) -> Identity | None:
+        """Say what the rows depend on; None where that cannot be said, and nothing is kept."""
+        ...
+
+
+@runtime_checkable
+class LenientSource(Source, Protocol):
+    """A source of which some rows may be impossible to read, and the others not."""
+
+    def readable_rows(
+        self, leave_out: Callable[[Locator, DataError], None]
+    ) -> Iterator[tuple[Locator, Row]]:
+        """Yield the rows that can be read; `leave_out` is told of each other one, and of a torn end."""
         ...
 
 

@@ -12,7 +12,7 @@ import datasets
 from datasets.exceptions import DatasetsError
 
 from flanmoe.core.errors import DataError
-from flanmoe.data.sources.base import Locator, Row, is_evaluation_only
+from flanmoe.data.sources.base import Identity, Locator, Row, is_evaluation_only
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +42,28 @@ class HubDataset:
                 this split.
         """
         for number, row in enumerate(self._loaded(), start=1):
-            yield Locator(f"{self.identifier}/{self.split}", number), dict(row)
+            yield Locator(self._origin, number), dict(row)
 
     def size(self) -> int:
         """Return the number of rows."""
         return len(self._loaded())
+
+    def identity(self) -> Identity | None:
+        """Return what was asked for, and the fingerprint that `datasets` gives to what it loaded.
+
+        Raises:
+            DataError: see `rows`.
+        """
+        loaded = self._loaded()
+        if not isinstance(loaded, datasets.Dataset):
+            return None
+        # `datasets` documents the fingerprint and gives it no other name.
+        content = str(loaded._fingerprint)  # pyright: ignore[reportPrivateUsage]
+        return Identity(self._origin, ("hub", self.identifier, self.subset, self.split, content))
+
+    @property
+    def _origin(self) -> str:
+        return f"{self.identifier}/{self.split}"
 
     def _loaded(self) -> Any:
         return _load(self.identifier, self.split, self.subset)

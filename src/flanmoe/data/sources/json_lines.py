@@ -3,14 +3,14 @@
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
 from flanmoe.core.errors import DataError
-from flanmoe.data.sources.base import Locator, Row, as_mapping, is_evaluation_only
+from flanmoe.data.sources.base import Identity, Locator, Row, as_mapping, is_evaluation_only
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -33,13 +33,42 @@ class JsonLines:
             DataError: with file and line, if the file cannot be opened, its gzip stream is broken,
                 or a line is not UTF-8, not JSON, or no object.
         """
-        for number, line in self._lines():
+        return self.readable_rows(_stop)
+
+    def readable_rows(
+        self, leave_out: Callable[[Locator, DataError], None]
+    ) -> Iterator[tuple[Locator, Row]]:
+        """Yield the objects of the file; `leave_out` is told of each line that holds none.
+
+        What stands behind a broken place of a gzip stream cannot be read: it counts as one line.
+
+        Raises:
+            DataError: if the file cannot be opened.
+        """
+        lines = self._lines()
+        while True:
+            try:
+                number, line = next(lines)
+            except StopIteration:
+                return
+            except _TornStreamError as error:
+                leave_out(error.locator, error)
+                return
             locator = Locator(str(self.path), number)
-            yield locator, _parsed(line, locator)
+            try:
+                row = _parsed(line, locator)
+            except DataError as error:
+                leave_out(locator, error)
+            else:
+                yield locator, row
 
     def size(self) -> int:
         """Return the number of lines that are not blank."""
         return sum(1 for _ in self._lines())
+
+    def identity(self) -> Identity:
+        """Return the form of the file and the file."""
+        return Identity(str(self.path), ("json lines", self.path.suffix), self.path)
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         number = 0
@@ -49,15 +78,27 @@ class JsonLines:
                     if line.strip():
                         yield number, line
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(
-                f"{self.path}:{number + 1}: the gzip stream is broken ({error}). Copy the file "
-                "again, or write it again with gzip."
-            ) from error
+            raise _TornStreamError(Locator(str(self.path), number + 1), error) from error
         except OSError as error:
             raise DataError(
                 f"The file {self.path} cannot be read: {error.strerror or error}. Check the path "
                 "and its permissions."
             ) from error
+
+
+class _TornStreamError(DataError):
+    """A gzip stream that ends, or is damaged, in the middle."""
+
+    def __init__(self, locator: Locator, error: Exception) -> None:
+        super().__init__(
+            f"{locator}: the gzip stream is broken ({error}). Copy the file again, or write it again "
+            "with gzip."
+        )
+        self.locator = locator
+
+
+def _stop(_locator: Locator, error: DataError) -> None:
+    raise error
 
 
 def _opened(path: Path) -> BufferedIOBase:

@@ -12,7 +12,7 @@ import pyarrow as arrow
 import pyarrow.parquet as parquet
 
 from flanmoe.core.errors import DataError
-from flanmoe.data.sources.base import Locator, Row, is_evaluation_only
+from flanmoe.data.sources.base import Identity, Locator, Row, is_evaluation_only
 
 _ROWS_A_BATCH = 1024
 
@@ -50,6 +50,10 @@ class Parquet:
             return int(parquet.read_metadata(self.path).num_rows)
         except (OSError, arrow.ArrowException) as error:
             raise self._unreadable(error) from error
+
+    def identity(self) -> Identity:
+        """Return the form of the file and the file."""
+        return Identity(str(self.path), ("parquet",), self.path)
 
     def _unreadable(self, error: Exception) -> DataError:
         return DataError(

@@ -1,0 +1,124 @@
+"""Tables of scores: paired differences, by kind of task, by task."""
+
+from collections.abc import Sequence
+
+from flanmoe.study.report_data import (
+    Comparison,
+    Evaluation,
+    ReportData,
+    TaskScore,
+)
+from flanmoe.study.report_text import (
+    accuracy_text,
+    difference_text,
+    difference_unit,
+    exact,
+    loss_text,
+    percent,
+)
+from flanmoe.study.tables.base import Section, TextTable
+
+
+def comparisons(data: ReportData) -> Section:
+    """Every paired difference with its interval."""
+    rows = tuple(
+        (
+            f"{item.subject} after tuning",
+            item.reference if item.kind == "arms" else "before tuning",
+            item.metric,
+            f"{difference_text(item, item.mean)} {difference_unit(item.metric)}",
+            _error_text(item, item.standard_error),
+            _error_text(item, item.clustered_standard_error),
+            f"{difference_text(item, item.low)} to {difference_text(item, item.high)}",
+            f"{100 * item.confidence:g} %",
+            exact(item.num_examples),
+            "" if item.seed is None else str(item.seed),
+            item.verdict,
+        )
+        for item in data.comparisons
+    )
+    header = (
+        "subject",
+        "minus",
+        "metric",
+        "mean",
+        "standard error",
+        "with tasks as clusters",
+        "interval",
+        "level",
+        "n",
+        "seed",
+        "verdict",
+    )
+    return Section("Paired differences", (TextTable(header, rows),))
+
+
+def _error_text(comparison: Comparison, error: float | None) -> str:
+    return "n/a" if error is None else difference_text(comparison, error).lstrip("+")
+
+
+def clusters(data: ReportData) -> Section:
+    """Scores by kind of task, a column an arm; nothing where there is one kind only."""
+    tables: list[TextTable] = []
+    for moment in ("before", "after"):
+        scored = [(arm.label, found) for arm in data.arms if (found := getattr(arm, moment))]
+        names = dict.fromkeys(item.cluster for _, found in scored for item in found.clusters)
+        if len(names) < 2:
+            continue
+        header = ("kind of task", "tasks")
+        for metric in ("loss", "accuracy"):
+            header = (*header, *(f"{metric}, {label}" for label, _ in scored))
+        rows = tuple(_cluster_row(name, [found for _, found in scored]) for name in names)
+        title = f"{moment.capitalize()} tuning" if data.was_tuned else ""
+        tables.append(TextTable(header, rows, title=title))
+    return Section("Scores by kind of task", tuple(tables))
+
+
+def _cluster_row(name: str, evaluations: Sequence[Evaluation]) -> tuple[str, ...]:
+    found = [
+        next((item for item in evaluation.clusters if item.cluster == name), None)
+        for evaluation in evaluations
+    ]
+    num_tasks = max(item.num_tasks for item in found if item)
+    losses = (loss_text(item.loss if item else None) for item in found)
+    accuracies = (accuracy_text(item.accuracy if item else None) for item in found)
+    return (name, exact(num_tasks), *losses, *accuracies)
+
+
+def tasks(data: ReportData) -> Section:
+    """Scores task by task, a table an arm and moment."""
+    tables = tuple(
+        TextTable(
+            (
+                "task",
+                "n",
+                "loss",
+                "accuracy",
+                "chance",
+                "n with choices",
+                "seen in training",
+                "prompts cut",
+            ),
+            tuple(_task_row(task) for task in evaluation.tasks),
+            title=f"{arm.label}, {moment} tuning" if arm.was_tuned else arm.label,
+        )
+        for arm in data.arms
+        for moment, evaluation in (("before", arm.before), ("after", arm.after))
+        if evaluation is not None and evaluation.tasks
+    )
+    return Section("Scores by task", tables)
+
+
+def _task_row(task: TaskScore) -> tuple[str, ...]:
+    accuracy = task.accuracy
+    chance = accuracy.chance if accuracy else None
+    return (
+        task.task,
+        exact(task.loss.num_examples),
+        loss_text(task.loss),
+        accuracy_text(accuracy),
+        "" if chance is None else percent(chance),
+        exact(accuracy.num_examples) if accuracy else "",
+        exact(task.num_seen),
+        exact(task.num_truncated),
+    )

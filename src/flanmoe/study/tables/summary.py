@@ -1,0 +1,138 @@
+"""The key table of a report."""
+
+from collections.abc import Callable
+
+from flanmoe.study.report_data import (
+    ArmReport,
+    Evaluation,
+    ReportData,
+)
+from flanmoe.study.report_text import (
+    accuracy_text,
+    duration,
+    evaluated_examples,
+    exact,
+    listed,
+    loss_text,
+    percent,
+    short,
+)
+from flanmoe.study.tables.base import TextTable, peak_text, tuned_only
+
+_MOST_ARM_COLUMNS = 5
+
+
+def summary(data: ReportData) -> TextTable:
+    """The key table: a column an arm, a row a quantity.
+
+    Many arms have a row each, and a column for each quantity in which they differ.
+    """
+    rows: list[tuple[str, Callable[[ArmReport], str]]] = [
+        ("Parameters, total", lambda arm: short(arm.parameters.total)),
+        ("Parameters, active", lambda arm: short(arm.parameters.active)),
+    ]
+    if data.was_tuned:
+        trained = tuned_only(lambda arm: short(arm.parameters.trainable))
+        rows.append(("Parameters, trained", trained))
+    rows.append(("FLOPs per token, forward", lambda arm: short(arm.flops.total)))
+    if data.was_tuned:
+        rows += [
+            ("Tokens tuned on", tuned_only(lambda arm: short(arm.ledger.real_tokens))),
+            ("Time of tuning", tuned_only(lambda arm: duration(arm.ledger.seconds))),
+            ("Peak memory", tuned_only(peak_text)),
+        ]
+    if any(arm.before or arm.after for arm in data.arms):
+        rows += _score_rows(data)
+    if any(arm.expert_load for arm in data.arms):
+        rows.append(("Busiest expert", _busiest_text))
+        rows.append(("Unused experts", _unused_text))
+    table = TextTable(
+        header=("", *(arm.label for arm in data.arms)),
+        rows=tuple((name, *(cell(arm) for arm in data.arms)) for name, cell in rows),
+        note=_summary_note(data),
+        group_ends=("Parameters, trained", "Peak memory"),
+    )
+    return table if len(data.arms) <= _MOST_ARM_COLUMNS else _turned(table)
+
+
+def _turned(table: TextTable) -> TextTable:
+    """Return the table with a row an arm; what is the same in every arm goes into its note."""
+    shared = [f"{name}: {cells[0]}" for name, *cells in table.rows if len(set(cells)) == 1]
+    differing = [row for row in table.rows if len(set(row[1:])) > 1]
+    note = f"The same in every arm: {'; '.join(shared)}. " if shared else ""
+    columns = (table.header, *differing)
+    header, *rows = zip(*columns, strict=True)
+    return TextTable(header=header, rows=tuple(rows), note=note + table.note)
+
+
+def _score_rows(data: ReportData) -> list[tuple[str, Callable[[ArmReport], str]]]:
+    if not data.was_tuned:
+        return [
+            ("Loss", lambda arm: _loss(arm.before)),
+            ("Accuracy", lambda arm: _accuracy(arm.before)),
+        ]
+    rows: list[tuple[str, Callable[[ArmReport], str]]] = [
+        ("Loss before", lambda arm: _loss(arm.before)),
+        ("Loss after", lambda arm: _loss(arm.after)),
+        ("Accuracy before", lambda arm: _accuracy(arm.before)),
+        ("Accuracy after", lambda arm: _accuracy(arm.after)),
+    ]
+    evaluated = {
+        "before": any(arm.before for arm in data.arms),
+        "after": any(arm.after for arm in data.arms),
+    }
+    return [row for row in rows if evaluated[row[0].split()[1]]]
+
+
+def _loss(evaluation: Evaluation | None) -> str:
+    return loss_text(evaluation.loss if evaluation else None)
+
+
+def _accuracy(evaluation: Evaluation | None) -> str:
+    return accuracy_text(evaluation.accuracy) if evaluation else "not evaluated"
+
+
+def _busiest_text(arm: ArmReport) -> str:
+    return f"{arm.expert_load.max_over_mean:.2f}× even" if arm.expert_load else "no experts"
+
+
+def _unused_text(arm: ArmReport) -> str:
+    load = arm.expert_load
+    return f"{load.num_unused} of {len(load.layers) * load.num_experts}" if load else "no experts"
+
+
+def _summary_note(data: ReportData) -> str:
+    evaluations = [
+        evaluation for arm in data.arms for evaluation in (arm.before, arm.after) if evaluation
+    ]
+    sentences = _descriptions(data)
+    if evaluations:
+        counts = listed(list(dict.fromkeys(evaluated_examples(item) for item in evaluations)))
+        sentences.append(
+            f"Mean ± standard error over held-out examples ({counts}). Loss: nats per token."
+        )
+        chances = [item.accuracy.chance for item in evaluations if item.accuracy]
+        known = dict.fromkeys(percent(chance) for chance in chances if chance is not None)
+        if known:
+            sentences.append(f"Guessing scores {listed(list(known))} accuracy.")
+    context = dict.fromkeys(exact(arm.flops.context_length) for arm in data.arms)
+    training = "; training costs three times that" if data.was_tuned else ""
+    sentences.append(f"FLOPs at a context of {listed(list(context))} tokens{training}.")
+    if any(arm.expert_load for arm in data.arms):
+        sentences.append("Busiest expert: the largest load of any layer, over the even share.")
+    seeds = max(len(arm.seeds) for arm in data.arms)
+    if seeds > 1 and data.was_tuned:
+        sentences.append(f"Tokens and time are of up to {seeds} seeds together.")
+    return " ".join(sentences)
+
+
+def _descriptions(data: ReportData) -> list[str]:
+    """Say what each arm is, arms that are made alike together."""
+    labels: dict[str, list[str]] = {}
+    for arm in data.arms:
+        labels.setdefault(arm.description, []).append(arm.label)
+    labels.pop("", None)
+    return [
+        f"{'Every arm' if len(alike) == len(data.arms) > 1 else listed(alike)}: {description}."
+        for description, alike in labels.items()
+    ]
