@@ -63,11 +63,16 @@ def test_bad_records_can_be_left_out_and_are_listed(tmp_path: Path, write_rows: 
     assert "known form" in task.rejected[1].reason
 
 
-def test_broken_files_stop_even_when_bad_records_are_skipped(tmp_path: Path) -> None:
+def test_lines_that_are_no_records_stop_or_are_left_out_as_asked(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"question": "q", "answer": "a"}\nnot json\n')
-    task = load_task(TaskConfig(name=str(file), on_bad_record="skip"))
-    assert "rows.jsonl:2: the line is not valid JSON" in message(lambda: task.size)
+    strict = load_task(TaskConfig(name=str(file)))
+    assert "rows.jsonl:2: the line is not valid JSON" in message(lambda: strict.size)
+    lenient = load_task(TaskConfig(name=str(file), on_bad_record="skip"))
+    assert lenient.size == 1
+    (record,) = lenient.rejected
+    assert record.locator == f"{file}:2"
+    assert "the line is not valid JSON" in record.reason
 
 
 def test_an_empty_set_is_an_error(tmp_path: Path, write_rows: Write) -> None:
