@@ -93,15 +93,17 @@ def test_everything_is_found_in_one_go(
     mixed = write_rows("mixed", [*rows_of("a?", "b?", "A?"), {"question": "c?"}, {"color": "red"}])
     long = write_rows("long", rows_of("x" * 300, "short?"))
     empty, hopeless = write_rows("empty", []), write_rows("hopeless", [{"question": "d?"}])
-    broken = write_rows("broken", rows_of("e?"))
-    Path(broken).write_text('{"question": "e?", "answer": "yes"}\n{"question":\n')
+    broken, torn = str(tmp_path / "broken.parquet"), write_rows("torn", rows_of("e?"))
+    Path(broken).write_bytes(b"no columns")
+    with Path(torn).open("a") as stream:
+        stream.write('{"question":\n')
     missing = str(tmp_path / "missing.jsonl")
     asked = write_rows("asked", rows_of("b?"))
-    found = check([mixed, long, empty, hopeless, broken, missing], [asked])
+    found = check([mixed, long, empty, hopeless, broken, torn, missing], [asked])
     assert found.counts == {
         "missing": 1,
         "unreadable": 1,
-        "rejected": 3,
+        "rejected": 4,
         "empty": 2,
         "duplicates": 1,
         "too_long": 1,
@@ -110,7 +112,7 @@ def test_everything_is_found_in_one_go(
         "tuned_and_evaluated": 0,
         "overlap": 1,
     }
-    assert found.examples == {mixed: 3, long: 2, empty: 0, hopeless: 0, asked: 1}
+    assert found.examples == {mixed: 3, long: 2, empty: 0, hopeless: 0, torn: 1, asked: 1}
     by_task = {(finding.kind, finding.task): finding for finding in found.findings}
     rejected = by_task["rejected", mixed].details
     assert [reason.split(": ")[0] for reason in rejected] == [f"{mixed}:4", f"{mixed}:5"]
@@ -120,7 +122,8 @@ def test_everything_is_found_in_one_go(
     assert longer.endswith("tokens, a row 256")
     assert by_task["empty", empty].details[0].endswith("but it has 0 records.")
     assert by_task["empty", hopeless].details[0].endswith("but all of its 1 records are rejected.")
-    assert f"{broken}:2: the line is not valid JSON" in by_task["unreadable", broken].details[0]
+    assert broken in by_task["unreadable", broken].details[0]
+    assert f"{torn}:2: the line is not valid JSON" in by_task["rejected", torn].details[0]
     assert by_task["missing", missing].details == (
         f"The file {missing} does not exist. Check the path.",
     )
@@ -129,8 +132,8 @@ def test_everything_is_found_in_one_go(
         "`b?` and `b?` (exact): b yes",
     )
     assert found.summary == (
-        "The data must be clean, but has 1 task that cannot be found, 1 file that cannot be read to its end, "
-        "3 records that cannot be used, 2 tasks without an example, 1 example that repeats one of its task, "
+        "The data must be clean, but has 1 task that cannot be found, 1 file that cannot be read, "
+        "4 records that cannot be used, 2 tasks without an example, 1 example that repeats one of its task, "
         "1 example longer than a row and 1 tuned example that overlaps with an evaluated one. Each is listed "
         "above; `--json` lists it too."
     )

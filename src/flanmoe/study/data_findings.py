@@ -23,7 +23,7 @@ Kind = Literal[
 # One of a kind, several of it.
 _WORDS: Mapping[Kind, tuple[str, str]] = {
     "missing": ("task that cannot be found", "tasks that cannot be found"),
-    "unreadable": ("file that cannot be read to its end", "files that cannot be read to their end"),
+    "unreadable": ("file that cannot be read", "files that cannot be read"),
     "rejected": ("record that cannot be used", "records that cannot be used"),
     "empty": ("task without an example", "tasks without an example"),
     "duplicates": (
