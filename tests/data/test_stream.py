@@ -352,3 +352,58 @@ def test_a_stream_of_one_example_a_row(data_dir: Path, tokenizer: Any) -> None:
     together = [task for row in islice(shared, 12) for task in row.tasks]
     assert Counter(task for row in rows for task in row.tasks) == Counter(together[:12])
     assert single.report.num_examples == single.report.rows == 12
+
+
+BUDGET = 900
+
+
+def budgeted_stream(data_dir: Path, tokenizer: Any, *budgets: int) -> PackedStream:
+    """A stream of three tasks, of which the last ones have budgets of tokens."""
+    limits = [None] * (len(TASKS) - len(budgets)) + list(budgets)
+    tasks = [
+        {"name": task} | ({"max_tokens": limit} if limit else {})
+        for task, limit in zip(TASKS, limits, strict=True)
+    ]
+    mixture = Mixture.load(
+        MixtureConfig.parse({"tasks": tasks}), seeds=SeedTree(0), data_dir=data_dir
+    )
+    return PackedStream(
+        mixture, tokenizer, PackingConfig(length=160, window=4), SeedTree(0).child("stream")
+    )
+
+
+def test_a_task_is_drawn_until_its_budget_of_tokens_is_used_up(
+    data_dir: Path, tokenizer: Any
+) -> None:
+    stream = budgeted_stream(data_dir, tokenizer, BUDGET)
+    texts(stream, 200)
+    counts = stream.report.tasks
+    # Asked between windows: at most one window of four draws goes beyond.
+    assert BUDGET <= counts["many"].tokens < BUDGET + 4 * 160
+    after = Counter(task for row in islice(stream, 100) for task in row.tasks)
+    assert after["many"] == 0
+    assert 0.5 < after["few"] / after["some"] / (5 / 12) < 2
+
+
+def test_a_resumed_stream_remembers_which_budgets_are_used_up(
+    data_dir: Path, tokenizer: Any
+) -> None:
+    stream = budgeted_stream(data_dir, tokenizer, BUDGET)
+    for taken in (3, 60):
+        texts(stream, taken - stream.rows_given)
+        restored = budgeted_stream(data_dir, tokenizer, BUDGET)
+        restored.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+        assert (
+            texts(restored, 20)
+            == texts(budgeted_stream(data_dir, tokenizer, BUDGET), taken + 20)[taken:]
+        )
+
+
+def test_when_every_budget_is_used_up_the_stream_says_so(data_dir: Path, tokenizer: Any) -> None:
+    stream = budgeted_stream(data_dir, tokenizer, 100, 100, 100)
+    with pytest.raises(DataError) as caught:
+        texts(stream, 500)
+    assert str(caught.value) == (
+        "Every task of the mixture has used up its budget of tokens (`few`, `many`, `some`), and there is more "
+        "to train. Raise `max_tokens`, or train for fewer steps."
+    )

@@ -85,6 +85,27 @@ class Draw:
     row: int
 
 
+class _OpenTasks:
+    """The tasks that are drawn, as limits between 0 and 1."""
+
+    def __init__(
+        self, rates: Sequence[tuple[str, float]], used_up: frozenset[str] = frozenset()
+    ) -> None:
+        still = [(i, rate) for i, (name, rate) in enumerate(rates) if name not in used_up]
+        if not still:
+            raise DataError(
+                f"Every task of the mixture has used up its budget of tokens ({listing(sorted(used_up))}), and "
+                "there is more to train. Raise `max_tokens`, or train for fewer steps."
+            )
+        total = sum(rate for _, rate in still) if used_up else 1.0
+        self._positions = [position for position, _ in still]
+        self._limits = list(accumulate(rate / total for _, rate in still))
+
+    def at(self, point: float) -> int:
+        """Return the position of the task whose span holds a point."""
+        return self._positions[min(bisect_right(self._limits, point), len(self._positions) - 1)]
+
+
 class Mixture:
     """Tasks with rates that sum to 1.
 
@@ -117,7 +138,7 @@ class Mixture:
         self.rates: dict[str, float] = {
             task.name: weight / total for task, weight in zip(self.tasks, tempered, strict=True)
         }
-        self._limits = list(accumulate(self.rates.values()))
+        self._open_tasks = {frozenset[str](): _OpenTasks(tuple(self.rates.items()))}
         self._orders: dict[int, tuple[int, Int[np.ndarray, " N"]]] = {}
 
     @classmethod
@@ -142,7 +163,9 @@ class Mixture:
         """Examples of all tasks together."""
         return sum(task.size for task in self.tasks)
 
-    def draw(self, index: int, *, counts: Mapping[str, int]) -> Draw:
+    def draw(
+        self, index: int, *, counts: Mapping[str, int], used_up: frozenset[str] = frozenset()
+    ) -> Draw:
         """Return the `index`-th draw: a function of the seed, the index and the counts,
         of nothing else.
 
@@ -152,13 +175,22 @@ class Mixture:
         Args:
             index: number of the draw, from 0.
             counts: draws of each task before this one.
+            used_up: names of tasks that are drawn no more; the others share their rate.
+
+        Raises:
+            DataError: if every task is used up.
         """
         point = self._seeds.child("draw", index).integer() / 2**63
-        position = min(bisect_right(self._limits, point), len(self.tasks) - 1)
+        position = self._open(used_up).at(point)
         task = self.tasks[position]
         epoch, place = divmod(counts.get(task.name, 0), task.size)
         row = int(self._order(position, epoch)[place])
         return Draw(task=position, epoch=epoch, row=row)
+
+    def _open(self, used_up: frozenset[str]) -> "_OpenTasks":
+        if used_up not in self._open_tasks:
+            self._open_tasks[used_up] = _OpenTasks(tuple(self.rates.items()), used_up)
+        return self._open_tasks[used_up]
 
     def example(self, draw: Draw) -> Example:
         """Return the drawn example."""

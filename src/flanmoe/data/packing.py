@@ -208,6 +208,10 @@ class PackingTally:
         """Count an example that was left out or cut."""
         self._counts_of(task)[change] += 1
 
+    def tokens_of(self, task: str) -> int:
+        """Return the tokens of a task's examples so far."""
+        return self._tasks.get(task, {}).get("tokens", 0)
+
     def report(self) -> PackingReport:
         """Return the counts so far."""
         return PackingReport(

@@ -273,8 +273,9 @@ class PackedStream:
         draws: list[Draw] = []
         rendered: list[Rendered | None] = []
         first = self._window * self.config.window
+        used_up = self._used_up()
         for index in range(first, first + self.config.window):
-            draw = self.mixture.draw(index, counts=self._counts)
+            draw = self.mixture.draw(index, counts=self._counts, used_up=used_up)
             draws.append(draw)
             rendered.append(self._rendered(draw))
         texts = [one for one in rendered if one is not None]
@@ -289,6 +290,15 @@ class PackedStream:
             else:
                 examples.append(fitting)
         return examples
+
+    def _used_up(self) -> frozenset[str]:
+        """Tasks whose budget of tokens the rows given so far have reached; asked between windows."""
+        return frozenset(
+            task.name
+            for task in self.mixture.tasks
+            if task.config.max_tokens is not None
+            and self._tally.tokens_of(task.name) >= task.config.max_tokens
+        )
 
     @cached_property
     def _cache(self) -> TokenCache | None:
@@ -327,7 +337,8 @@ class PackedStream:
 
     def _fingerprint(self) -> str:
         tasks = [
-            [task.name, task.size, self.mixture.rates[task.name]] for task in self.mixture.tasks
+            [task.config.to_mapping(), task.size, self.mixture.rates[task.name]]
+            for task in self.mixture.tasks
         ]
         seed = [self._seeds.root, *self._seeds.path]
         # Where tokens come from changes no row.

@@ -47,6 +47,8 @@ class TaskConfig(Config):
         rate: share of the draws, relative to the other tasks; for a family, of all its tasks
             together. Without rates, tasks are drawn by their sizes.
         cap: largest size that the task counts with when there are no rates.
+        max_tokens: budget of tokens, prompts included. Once the rows trained on hold as many of it, the task
+            is drawn no more, and the others share its rate.
         cluster: name under which results are grouped; by default the family, or the name.
         labels: names of a classification's labels in words, in the order in which they are offered
             (`{entailment: "yes", contradiction: "no"}`); they become the choices.
@@ -64,6 +66,7 @@ class TaskConfig(Config):
     renderer: str = AUTO
     rate: float | None = Field(default=None, gt=0)
     cap: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
     cluster: str | None = None
     labels: dict[str, str] | None = Field(default=None, min_length=2)
     template: TemplateConfig | None = None
