@@ -213,6 +213,13 @@ def test_each_mixture_stands_with_the_arms_that_were_tuned_on_it(
         assert task.num_draws == sum(one["tasks"][task.task]["examples"] for one in results)
         assert task.num_tokens == sum(one["real_tokens"] for one in results)
         assert (task.rate, task.share) == (1.0, 1.0)
+    # The second file holds four examples, two of them short enough for a row.
+    repeated = second.tasks[0]
+    assert repeated.num_draws > repeated.num_examples == 4
+    assert data.notes[-2] == (
+        "1 of the 1 tasks that twice drew from hold fewer examples than they were drawn, so some were seen "
+        f"again; most often those of {repeated.task} ({repeated.num_draws} draws of 4 examples)."
+    )
     text = markdown_report(data)
     assert "Trained late and twice" in text
     assert "Trained twice" in text

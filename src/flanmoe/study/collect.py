@@ -360,12 +360,26 @@ def _notes(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:
         for result in results
         for skipped in result.skipped
     )
+    notes += [note for mixture in _mixtures(arms) if (note := _repeats(mixture))]
     if len(machines := _machines(arms)) > 1:
         names = "; ".join(f"{item.cpu}, {item.num_cores} cores" for item in machines)
         notes.append(
             f"The study ran on {len(machines)} machines, so seconds do not compare: {names}."
         )
     return notes
+
+
+def _repeats(mixture: MixtureData) -> str:
+    """Say which sets were smaller than their share of the draws, all seeds together; empty for none."""
+    repeated = [task for task in mixture.tasks if task.num_draws > task.num_examples > 0]
+    if not repeated:
+        return ""
+    most = max(repeated, key=lambda task: task.num_draws / task.num_examples)
+    return (
+        f"{len(repeated)} of the {len(mixture.tasks)} tasks that {listed(mixture.arms)} drew from hold fewer "
+        f"examples than they were drawn, so some were seen again; most often those of {most.task} "
+        f"({most.num_draws:,} draws of {most.num_examples:,} examples)."
+    )
 
 
 def _step0_differences(arms: Mapping[str, Sequence[SeedResults]]) -> dict[str, list[str]]:
