@@ -221,8 +221,8 @@ def test_each_mixture_stands_with_the_arms_that_were_tuned_on_it(
         f"again; most often those of {repeated.task} ({repeated.num_draws} draws of 4 examples)."
     )
     text = markdown_report(data)
-    assert "Trained late and twice" in text
-    assert "Trained twice" in text
+    assert "Mixture of late and twice" in text
+    assert "Mixture of twice" in text
 
 
 def test_what_was_dropped_is_said_of_the_arm_that_it_happened_to(

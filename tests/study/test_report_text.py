@@ -204,6 +204,27 @@ def test_unequal_arms_are_called_unequal(two_arms: ReportData) -> None:
     assert found[-1] == "Own words."
 
 
+@pytest.mark.parametrize(("more", "unequal"), [(1.019, False), (1.021, True), (0.979, True)])
+def test_rows_of_one_size_may_hold_a_little_more_padding(
+    more: float, unequal: bool, two_arms: ReportData
+) -> None:
+    dense, sparse = two_arms.arms
+    tokens = round(more * dense.ledger.real_tokens)
+    ledger = sparse.ledger.model_copy(update={"real_tokens": tokens})
+    other = sparse.model_copy(update={"ledger": ledger})
+    found = limits(two_arms.model_copy(update={"arms": (dense, other)}))
+    assert bool(_about(found, "equal data")) == unequal
+
+
+def test_arms_on_different_data_are_said_to_be(two_arms: ReportData) -> None:
+    (mixture,) = two_arms.data.mixtures
+    apart = tuple(mixture.model_copy(update={"arms": (arm,)}) for arm in mixture.arms)
+    data = two_arms.data.model_copy(update={"mixtures": apart})
+    found = limits(two_arms.model_copy(update={"data": data}))
+    assert _about(found, "dense and sparse were not tuned on the same data: a difference")
+    assert not _about(limits(two_arms), "the same data")
+
+
 @pytest.mark.parametrize(
     ("number", "text"),
     [

@@ -18,7 +18,8 @@ from flanmoe.study.report_data import (
 EVIDENCE_RULE = "Differences smaller than their interval are not evidence."
 
 _SUFFIXES = ("", " k", " M", " G", " T", " P", " E")
-_TOLERATED_FLOP_RATIO = 0.02
+# Rows of one size hold a little more or less padding, and a router adds its own products.
+_TOLERATED_RATIO = 0.02
 # Beyond these a reader wants what differs first, and the rest in a line.
 _MOST_PAIRS_TOLD = 3
 _MOST_CLAIMS_TOLD = 12
@@ -309,21 +310,36 @@ def _compute_limits(data: ReportData) -> list[str]:
     baseline = data.baseline_arm
     sentences: list[str] = []
     for arm in data.arms:
-        if (
-            baseline.flops.total
-            and abs(arm.flops.total / baseline.flops.total - 1) > _TOLERATED_FLOP_RATIO
-        ):
+        if _differ(arm.flops.total, baseline.flops.total):
             ratio = ratio_text(arm.flops.total, baseline.flops.total)
             sentences.append(
                 f"{arm.label} spends {ratio} the FLOPs per token of {baseline.label}: this is no comparison at "
                 "equal compute."
             )
-        if arm.ledger.real_tokens != baseline.ledger.real_tokens:
+        if _differ(arm.ledger.real_tokens, baseline.ledger.real_tokens):
             sentences.append(
                 f"{arm.label} was tuned on {exact(arm.ledger.real_tokens)} tokens, {baseline.label} on "
                 f"{exact(baseline.ledger.real_tokens)}: this is no comparison at equal data."
             )
+    drawn_from = {
+        arm.label: {
+            number for number, one in enumerate(data.data.mixtures) if arm.label in one.arms
+        }
+        for arm in data.arms
+        if arm.was_tuned
+    }
+    if len({frozenset(numbers) for numbers in drawn_from.values()}) > 1:
+        sentences.append(
+            f"{listed(list(drawn_from))} were not tuned on the same data: a difference between them is also "
+            "one in the form of answer that the data teach."
+        )
     return sentences
+
+
+def _differ(number: float, baseline: float) -> bool:
+    if not baseline:
+        return bool(number)
+    return abs(number / baseline - 1) > _TOLERATED_RATIO
 
 
 def evaluated_examples(evaluation: Evaluation | None) -> str:

@@ -42,7 +42,9 @@ def data_section(data: ReportData) -> Section:
     mixtures = [
         table
         for mixture in report.mixtures
-        for table in _mixture(mixture, title=f"Trained {listed(mixture.arms)}" if several else "")
+        for table in _mixture(
+            mixture, title=f"Mixture of {listed(mixture.arms)}" if several else ""
+        )
     ]
     return Section("Data", (*mixtures, counts), tuple(sentences))
 
