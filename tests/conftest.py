@@ -47,6 +47,47 @@ settings.register_profile("flanmoe", deadline=None, max_examples=50, derandomize
 settings.load_profile("flanmoe")
 
 
+# Files whose tests start processes, train or read much: a few seconds each, a minute and a half together.
+_SLOW_FILES = (
+    "cli/test_data.py",
+    "cli/test_main.py",
+    "data/templates/test_library.py",
+    "data/test_contamination.py",
+    "data/test_store.py",
+    "data/test_stream.py",
+    "evaluation/test_answers.py",
+    "evaluation/test_suites.py",
+    "models/test_memory.py",
+    "models/test_upcycle.py",
+    "moe/routers/test_invariants.py",
+    "moe/test_losses.py",
+    "study/test_child.py",
+    "study/test_freezing.py",
+    "study/test_main_job.py",
+    "study/test_plan.py",
+    "study/test_plots.py",
+    "study/test_recorded_numbers.py",
+    "study/test_report.py",
+    "test_examples.py",
+    "training/test_freezing.py",
+    "training/test_router_losses.py",
+    "training/test_trainer.py",
+    "training/test_tune.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave those files out of `make test-fast`; `make test` runs them."""
+    here = Path(__file__).parent
+    slow = {here / name for name in _SLOW_FILES}
+    missing = sorted(str(path) for path in slow if not path.exists())
+    assert not missing, f"named as slow, but not there: {missing}"
+    for item in items:
+        if item.path in slow:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Take the cores that this process may use; xdist itself counts those of the whole machine."""
