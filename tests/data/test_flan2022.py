@@ -1,6 +1,8 @@
 """The mixture of FLAN 2022 over what a folder holds: published rates, caps, and what is absent."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,11 @@ import pytest
 from flanmoe.core.errors import ConfigError, DataError
 from flanmoe.core.seeds import SeedTree
 from flanmoe.data.catalogue import known_set, known_sets
+from flanmoe.data.example import Packed
 from flanmoe.data.flan2022 import CAPS, RATES, Flan2022, flan2022_tasks
 from flanmoe.data.mixture import Mixture, MixtureConfig
+from flanmoe.data.packing import PackingConfig
+from flanmoe.data.stream import PackedStream
 from flanmoe.data.templates.folder import load_family
 
 
@@ -34,7 +39,8 @@ def folder(tmp_path: Path, write_rows: Callable[[Path, Sequence[Any]], Path]) ->
     """Three sub-mixtures of five: muffin (two tasks), cot, t0_sf."""
     write_rows(tmp_path / "gsm8k" / "train.jsonl", sums(8))
     write_rows(tmp_path / "mnli" / "train.jsonl", pairs(30))
-    write_rows(tmp_path / "boolq" / "train.jsonl", sums(10))
+    passages = [{**row, "context": f"Row {i} of a table."} for i, row in enumerate(sums(10))]
+    write_rows(tmp_path / "boolq" / "train.jsonl", passages)
     prompted = [{"task": "t", "input": f"Say {i}.", "output": str(i)} for i in range(6)]
     write_rows(tmp_path / "p3" / "train.jsonl.gz", prompted)
     write_rows(tmp_path / "unrelated" / "train.jsonl", sums(2))
@@ -82,6 +88,57 @@ def test_caps_limit_what_a_large_task_counts_with(folder: Path) -> None:
     config = MixtureConfig.parse({"tasks": tasks})
     rates = Mixture.load(config, seeds=SeedTree(0), data_dir=folder).rates
     assert rates == pytest.approx({"mnli": 0.125, "boolq": 0.125, "gsm8k": 0.75})
+
+
+def test_a_cap_holds_for_each_task_that_a_set_holds(
+    tmp_path: Path, write_rows: Callable[[Path, Sequence[Any]], Path]
+) -> None:
+    rows = [
+        {"task": task, "input": f"{task} {i}", "output": "x"}
+        for task, number in (("long", 9), ("short", 3))
+        for i in range(number)
+    ]
+    many = str(write_rows(tmp_path / "many.jsonl", rows))
+    one = str(write_rows(tmp_path / "one.jsonl", sums(8)))
+
+    def rate(**settings: Any) -> float:
+        config = MixtureConfig.parse({"tasks": [{"name": many, "cap": 5, **settings}, one]})
+        return Mixture.load(config, seeds=SeedTree(0)).rates[many]
+
+    assert rate(cap_by="task") == pytest.approx(8 / 16)
+    assert rate() == pytest.approx(5 / 13)
+    with pytest.raises(DataError, match="capped by `kind`, but 12 of its 12 records have no text"):
+        rate(cap_by="kind")
+    with pytest.raises(ConfigError, match="`cap_by` needs a `cap` to apply"):
+        MixtureConfig.parse({"tasks": [{"name": many, "cap_by": "task"}]})
+
+
+def flan_stream(
+    folder: Path, tokenizer: Any, *, rank: int = 0, world_size: int = 1
+) -> PackedStream:
+    """Rows of drawn wordings, few-shot and not."""
+    config = MixtureConfig(flan2022=Flan2022(prompt_tokens=400))
+    mixture = Mixture.load(config, seeds=SeedTree(5).child("mixture"), data_dir=folder)
+    packing = PackingConfig(length=600, window=7, token_cache=False)
+    return PackedStream(mixture, tokenizer, packing, SeedTree(5), rank=rank, world_size=world_size)
+
+
+def ids(rows: Iterable[Packed]) -> list[list[int]]:
+    return [row.input_ids.tolist() for row in rows]
+
+
+def test_drawn_wordings_are_the_same_on_any_number_of_ranks_and_after_resuming(
+    folder: Path, tokenizer: Any
+) -> None:
+    whole = flan_stream(folder, tokenizer)
+    rows = ids(islice(whole, 24))
+    assert len({str(row) for row in rows}) > 20
+    for rank in range(2):
+        part = flan_stream(folder, tokenizer, rank=rank, world_size=2)
+        assert ids(islice(part, 12)) == rows[rank::2]
+    resumed = flan_stream(folder, tokenizer)
+    resumed.load_state_dict(json.loads(json.dumps(whole.state_after(10))))
+    assert ids(islice(resumed, 14)) == rows[10:]
 
 
 def test_what_is_held_out_is_not_drawn(folder: Path) -> None:
@@ -144,15 +201,3 @@ def test_every_entry_of_the_catalogue_names_a_family_that_there_is() -> None:
         assert load_family(entry.family), name
     assert known_set("openai/gsm8k") == known_set("gsm8k")
     assert known_set("nothing-like-it") is None
-
-
-def test_samples_are_the_same_for_the_same_seed_epoch_and_row(folder: Path) -> None:
-    config = MixtureConfig(flan2022=Flan2022())
-
-    def prompts(seed: int) -> list[str]:
-        mixture = Mixture.load(config, seeds=SeedTree(seed), data_dir=folder)
-        draw = mixture.draw(3, counts={})
-        return [str(mixture.sample_seeds(draw).integer()), mixture.tasks[draw.task].name]
-
-    assert prompts(1) == prompts(1)
-    assert prompts(1) != prompts(2)

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 import flanmoe.data.store as store_module
 from flanmoe.core.errors import DataError, DiskError
+from flanmoe.data import store_places
 from flanmoe.data.example import Example
 from flanmoe.data.rows import example_from_row
 from flanmoe.data.sources import hub
@@ -33,6 +34,7 @@ from flanmoe.data.sources.hub import HubDataset
 from flanmoe.data.sources.json_lines import JsonLines
 from flanmoe.data.sources.parquet import Parquet
 from flanmoe.data.store import ExampleStore, example_store
+from flanmoe.data.stored_values import encoded, from_json, to_json
 from flanmoe.data.tasks import CHOICE_SCORER, REFERENCE_SCORER, TaskConfig, load_task
 
 Write = Callable[[Path, Sequence[Any]], Path]
@@ -220,8 +222,8 @@ def test_a_store_with_rejected_records_stops_whoever_wants_none_left_out(
 def test_another_content_is_another_store_whatever_the_time_stamps_say(
     tmp_path: Path, write_rows: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "_REMEMBERED_BYTES", 0)
-    monkeypatch.setattr(store_module, "_SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(store_places, "_REMEMBERED_BYTES", 0)
+    monkeypatch.setattr(store_places, "_SETTLED_NANOSECONDS", -1)
     file = write_rows(tmp_path / "rows.jsonl", [plain(number) for number in range(200)])
     before = file.stat()
     assert read(JsonLines(file)).examples[7].target == "8"
@@ -245,18 +247,18 @@ def test_labels_and_their_order_make_a_store_of_their_own(
 def test_a_large_file_is_hashed_once(
     tmp_path: Path, write_rows: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "_REMEMBERED_BYTES", 0)
+    monkeypatch.setattr(store_places, "_REMEMBERED_BYTES", 0)
     file = write_rows(tmp_path / "rows.jsonl", many())
     hour_ago = time.time() - 3600
     os.utime(file, (hour_ago, hour_ago))
     hashed: list[Path] = []
-    hash_of = store_module._hash_of
-    monkeypatch.setattr(store_module, "_hash_of", lambda path: hashed.append(path) or hash_of(path))
+    hash_of = store_places._hash_of
+    monkeypatch.setattr(store_places, "_hash_of", lambda path: hashed.append(path) or hash_of(path))
     # Fresh by its change time: it could still change within one tick of the clock.
     read(JsonLines(file))
     read(JsonLines(file))
     assert hashed == [file, file]
-    monkeypatch.setattr(store_module, "_SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(store_places, "_SETTLED_NANOSECONDS", -1)
     read(JsonLines(file))
     read(JsonLines(file))
     assert hashed == [file, file, file]
@@ -460,8 +462,8 @@ _values = st.recursive(
 
 @given(value=_values)
 def test_whatever_metadata_holds_comes_back(value: Any) -> None:
-    text = store_module._json(store_module._encoded(value))
-    assert repr(store_module._from_json(text)) == repr(value)
+    text = to_json(encoded(value))
+    assert repr(from_json(text)) == repr(value)
 
 
 def test_values_that_no_text_can_hold_keep_the_source_in_memory(
@@ -516,8 +518,8 @@ def test_stores_that_nobody_opens_are_removed_in_the_end(
 
 def test_everything_that_reads_records_is_part_of_the_name() -> None:
     """A module of the data package that a reader imports is a reader too."""
-    folder = Path(store_module.__file__).parent
-    named = {Path(str(module.__file__)) for module in store_module._READERS}
+    folder = Path(store_places.__file__).parent
+    named = {Path(str(module.__file__)) for module in store_places._READERS}
     for path in named:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flanmoe.data."):

@@ -5,6 +5,7 @@ from typing import Any
 from flanmoe.core.seeds import SeedTree
 from flanmoe.data.chat import render_chat
 from flanmoe.data.example import Example
+from flanmoe.data.renderers.instruction import render_instruction
 from flanmoe.data.renderers.template import TemplateConfig, TemplateRenderer
 from flanmoe.data.text_to_text import render_text_to_text
 
@@ -26,6 +27,13 @@ def test_the_same_words_as_a_chat_without_its_marks(tokenizer: Any) -> None:
         assert (pair.task, pair.key, pair.content_hash) == ("sums", "sum", SUM.content_hash())
         prompts.add(pair.prompt)
     assert len(prompts) > 10
+
+
+def test_earlier_turns_stand_before_the_question() -> None:
+    history = (("system", "Be brief."), ("user", "Hi."), ("assistant", "Hello."))
+    talk = Example(inputs="1 + 1?", target="2", history=history)
+    pair = render_text_to_text(talk, render_instruction, "talk", count_tokens=len)
+    assert (pair.prompt, pair.response) == ("Be brief.\nHi.\nHello.\n1 + 1?", "2")
 
 
 def test_without_seeds_the_words_are_fixed() -> None:

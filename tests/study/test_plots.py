@@ -7,6 +7,7 @@ import pytest
 
 from flanmoe.study import plots
 from flanmoe.study.report_data import (
+    ArmReport,
     CurvePoint,
     ExpertLoadReport,
     LossCurve,
@@ -172,3 +173,18 @@ def test_more_arms_than_styles(two_arms: ReportData) -> None:
     )
     drawn = _named(plots.drawings(two_arms.model_copy(update={"arms": arms, "baseline": ""})))
     assert {f"arm{number}" for number in range(8)} <= set(_texts(drawn["loss-curves"].svg))
+
+
+def test_of_many_arms_the_baseline_and_the_most_uneven_loads_are_drawn(
+    two_arms: ReportData,
+) -> None:
+    def arm(number: int) -> ArmReport:
+        busiest = 0.25 + 0.01 * number
+        rest = (1 - busiest) / 3
+        load = ExpertLoadReport(layers=(0,), shares=((busiest, rest, rest, rest),))
+        return two_arms.arms[1].model_copy(update={"label": f"arm{number}", "expert_load": load})
+
+    arms = tuple(map(arm, range(8)))
+    many = two_arms.model_copy(update={"arms": arms, "baseline": "arm2"})
+    maps = [name for name in _named(plots.drawings(many)) if name.startswith("expert-load")]
+    assert maps == ["expert-load-2", "expert-load-5", "expert-load-6", "expert-load-7"]

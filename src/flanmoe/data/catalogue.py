@@ -24,6 +24,7 @@ class KnownSet(Config):
         family: templates that word it.
         fields: names that the family uses, and the fields of the records that hold them.
         labels: its labels in words, in the order in which they are offered.
+        tasks_field: field of its records whose values are tasks of their own, None where it is one task.
         flan2022: splits to train on, and the sub-mixture of FLAN 2022 that each belongs to.
     """
 
@@ -31,6 +32,7 @@ class KnownSet(Config):
     family: str
     fields: dict[str, str] = {}
     labels: dict[str, str] | None = None
+    tasks_field: str | None = None
     flan2022: dict[str, Submixture] = {}
 
 

@@ -72,13 +72,28 @@ def render_chat(
             ) from error
     else:
         prompt, response = _plain(asked, answer.strip(), tokenizer)
-    return Rendered(
-        prompt=prompt,
-        response=response,
-        task=task,
-        key=example.key,
-        content_hash=example.content_hash(),
-    )
+    return Rendered.of(example, prompt=prompt, response=response, task=task)
+
+
+def chat_prompt(text: str, tokenizer: Tokenizer, *, task: str) -> str:
+    """Return a text as one turn of the user, up to where the model's turn begins.
+
+    A tokenizer without a chat template gets the text as it is, so that the model goes on writing it;
+    before it the beginning-of-text token where the tokenizer adds one by itself.
+
+    Raises:
+        DataError: if the chat template refuses the turn.
+    """
+    if not tokenizer.chat_template:
+        return _begin_of_text(tokenizer) + text
+    try:
+        turn = {"role": "user", "content": text}
+        return _written([turn], tokenizer, add_generation_prompt=True)
+    except TemplateError as error:
+        raise DataError(
+            "The chat template of the tokenizer must take a single turn of the user, but refuses that of "
+            f"task `{task}`: {str(error).rstrip('.')}. Use a tokenizer whose template takes it."
+        ) from error
 
 
 def _num_tokens(tokenizer: Tokenizer, text: str) -> int:

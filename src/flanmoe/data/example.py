@@ -70,6 +70,11 @@ class Rendered:
     key: str
     content_hash: str
 
+    @classmethod
+    def of(cls, example: Example, *, prompt: str, response: str, task: str) -> "Rendered":
+        """Return the two texts with where they came from."""
+        return cls(prompt, response, task, example.key, example.content_hash())
+
     @property
     def text(self) -> str:
         """Prompt and response as one string."""

@@ -119,5 +119,6 @@ def _task(
         group=submixture,
         rate=RATES[config.rates][submixture],
         cap=CAPS[submixture],
+        cap_by=entry.tasks_field,
         on_bad_record=config.on_bad_record,
     )

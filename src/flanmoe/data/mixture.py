@@ -205,12 +205,6 @@ class Mixture:
         task = self.tasks[draw.task]
         return self._seeds.child("sample").child(task.name, draw.epoch).child("row", draw.row)
 
-    def drawn(self, counts: Mapping[str, int]) -> Iterator[Draw]:
-        """Yield a draw of each example that is drawn when tasks have been drawn this often."""
-        for position, task in enumerate(self.tasks):
-            for row in self._order(position, 0)[: counts.get(task.name, 0)]:
-                yield Draw(task=position, epoch=0, row=int(row))
-
     def times_drawn(self, counts: Mapping[str, int]) -> Iterator[tuple[Draw, int]]:
         """Yield a draw of each example drawn so far, and how often it was."""
         for position, task in enumerate(self.tasks):
@@ -221,7 +215,7 @@ class Mixture:
 
     def drawn_hashes(self, counts: Mapping[str, int]) -> frozenset[str]:
         """Return the content hashes of all examples drawn when tasks have been drawn this often."""
-        return frozenset(map(self.content_hash, self.drawn(counts)))
+        return frozenset(self.content_hash(draw) for draw, _ in self.times_drawn(counts))
 
     def _order(self, position: int, epoch: int) -> Int[np.ndarray, " N"]:
         kept = self._orders.get(position)
@@ -300,7 +294,7 @@ def _check_names(tasks: Sequence[Task]) -> None:
 def _weights(tasks: Sequence[Task], maximum: int | None) -> list[float]:
     given = [task for task in tasks if task.config.rate is not None]
     if not given:
-        return [float(min(task.size, task.config.cap or maximum or task.size)) for task in tasks]
+        return [float(_counted_size(task, task.config.cap or maximum)) for task in tasks]
     missing = [task.name for task in tasks if task.config.rate is None]
     if missing:
         raise ConfigError(
@@ -316,9 +310,25 @@ def _weights(tasks: Sequence[Task], maximum: int | None) -> list[float]:
     return _shared_rates(tasks)
 
 
+def _counted_size(task: Task, cap: int | None) -> int:
+    """The size that a task counts with: no more than its cap, or than the cap of each task in it."""
+    field = task.config.cap_by
+    if cap is None or task.size <= cap:
+        return task.size
+    if field is None:
+        return cap
+    parts = Counter(example.fields.get(field) for example in task.examples)
+    if None in parts:
+        raise DataError(
+            f"The task `{task.name}` is capped by `{field}`, but {parts[None]} of its {task.size} records have "
+            "no text of that name. Name another field in `cap_by`, or take it out."
+        )
+    return sum(min(number, cap) for number in parts.values())
+
+
 def _shared_rates(tasks: Sequence[Task]) -> list[float]:
     """A rate given to a whole group is shared out among its tasks by their sizes, up to their caps."""
-    counted = [min(task.size, task.config.cap or task.size) for task in tasks]
+    counted = [_counted_size(task, task.config.cap) for task in tasks]
     totals: Counter[str] = Counter()
     for task, size in zip(tasks, counted, strict=True):
         totals[task.config.group or task.name] += size

@@ -10,20 +10,14 @@ another store. It is built beside its place and renamed when whole, under a lock
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-import hashlib
 import json
 import os
 import shutil
 import time
-from base64 import b64decode, b64encode
 from bisect import bisect_right
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import date, datetime, timedelta
-from datetime import time as clock_time
-from decimal import Decimal
-from functools import cache
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -32,24 +26,20 @@ import pyarrow as arrow
 import pyarrow.ipc as ipc
 from filelock import FileLock
 
-from flanmoe.core.cache import cache_root, cached_folder, code_fingerprint, fingerprint
+from flanmoe.core.cache import cache_root, cached_folder
 from flanmoe.core.console import say, warn
 from flanmoe.core.errors import DataError, DiskError
-from flanmoe.core.files import flush, read_json_file, write_json, write_text
-from flanmoe.data import conversations, options, rationales, rows
-from flanmoe.data import example as example_module
+from flanmoe.core.files import flush, read_json_file, write_json
 from flanmoe.data.example import Example
 from flanmoe.data.rows import example_from_row
-from flanmoe.data.sources import hub, json_lines, parquet
-from flanmoe.data.sources.base import Identity, LenientSource, Locator, Row, Source, StorableSource
+from flanmoe.data.sources.base import LenientSource, Locator, Row, Source
+from flanmoe.data.store_places import HASH_BYTES, StorePlace, file_state, store_place
+from flanmoe.data.stored_values import NotStorableError, encoded, from_json, to_json
 
 OnBadRecord = Literal["error", "skip"]
 
-_FOLDER = "examples"
 _EXAMPLES = "examples.arrow"
 _FACTS = "store.json"
-# Raised when the files of a store change their form.
-_LAYOUT = 2
 
 # Sources of no more examples than this stay in memory and leave nothing in the cache. An example is read
 # from a store in 20 to 25 us, and made from its record in 35 to 100 us: once each has been drawn a few
@@ -58,11 +48,6 @@ _MOST_IN_MEMORY = 128
 # A batch is what is in memory while a store is written.
 _BATCH_ROWS = 4096
 _BATCH_CHARACTERS = 2**25
-_HASH_BYTES = 12
-# Files below this are hashed at every start, which takes milliseconds.
-_REMEMBERED_BYTES = 4 * 2**20
-# A file can change without a new time stamp as long as the clock of its disk has not moved on.
-_SETTLED_NANOSECONDS = 3 * 10**9
 _UNUSED_SECONDS = 60 * 24 * 3600.0
 
 _SCHEMA = arrow.schema(
@@ -76,12 +61,9 @@ _SCHEMA = arrow.schema(
         ("history", arrow.string()),
         ("fields", arrow.string()),
         ("metadata", arrow.string()),
-        ("content_hash", arrow.binary(_HASH_BYTES)),
+        ("content_hash", arrow.binary(HASH_BYTES)),
     ]
 )
-
-# The code that decides what a store holds: where any of it changes, stores are made anew.
-_READERS = (conversations, example_module, options, rationales, rows, hub, json_lines, parquet)
 
 _Hashed = tuple[Example, str]
 
@@ -97,15 +79,6 @@ class Rejected:
 
     locator: str
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where the store of a source lies, and what its file looked like before it was read."""
-
-    folder: Path
-    identity: Identity
-    state: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +112,7 @@ def example_store(
         DataError: with file and line, if a record cannot be read and is not to be skipped.
         DiskError: if the cache folder cannot be written.
     """
-    place = _place(source, labels)
+    place = store_place(source, labels)
     if place is None:
         return _in_memory(_Reading(source, labels, on_bad_record))
     with _cache_errors(place):
@@ -152,7 +125,7 @@ def example_store(
             return _held(first, reading.rejected)
         try:
             found = _made(place, chain(first, hashed), reading.rejected)
-        except _NotStorableError as error:
+        except NotStorableError as error:
             warn(f"{place.identity.origin} stays in memory: {error}")
             return _in_memory(_Reading(source, labels, on_bad_record))
     if found.rejected and on_bad_record == "error":
@@ -282,7 +255,7 @@ class _StoredExamples(Sequence[Example]):
                 key=key,
                 history=tuple((role, text) for role, text in json.loads(history)),
                 fields=json.loads(fields),
-                metadata=_from_json(metadata),
+                metadata=from_json(metadata),
             )
         except ValueError as error:
             raise DataError(
@@ -313,7 +286,7 @@ class _StoredHashes(Sequence[str]):
         return columns[-1][place].as_py().hex()
 
 
-def _opened(place: _Place) -> ExampleStore | None:
+def _opened(place: StorePlace) -> ExampleStore | None:
     """Return the store of a place; None if there is none, or one that is damaged and is taken away."""
     if not place.folder.is_dir():
         return None
@@ -330,7 +303,7 @@ def _opened(place: _Place) -> ExampleStore | None:
     return None
 
 
-def _open(place: _Place) -> ExampleStore:
+def _open(place: StorePlace) -> ExampleStore:
     facts = read_json_file(place.folder / _FACTS)
     path = place.folder / _EXAMPLES
     if path.stat().st_size != facts["num_bytes"]:
@@ -360,13 +333,15 @@ def _open(place: _Place) -> ExampleStore:
 _LOCATOR = "\x00"
 
 
-def _made(place: _Place, hashed: Iterable[_Hashed], rejected: Sequence[Rejected]) -> ExampleStore:
+def _made(
+    place: StorePlace, hashed: Iterable[_Hashed], rejected: Sequence[Rejected]
+) -> ExampleStore:
     origin, root = place.identity.origin, place.folder.parent
 
     def build(partial: Path) -> None:
         say(f"Reading {origin} into the cache, once.")
         _write(partial, hashed, rejected)
-        if _state(place.identity) != place.state:
+        if file_state(place.identity) != place.state:
             raise DataError(
                 f"{origin} must stay as it is while it is read, but changed. Start again when nothing "
                 "writes to it."
@@ -424,16 +399,16 @@ def _record_batch(batch: Sequence[_Hashed]) -> Any:
         "label": [example.label for example in examples],
         "rationales": [example.rationales for example in examples],
         "key": [example.key for example in examples],
-        "history": [_json(example.history) for example in examples],
-        "fields": [_json(example.fields) for example in examples],
-        "metadata": [_json(_encoded(example.metadata)) for example in examples],
+        "history": [to_json(example.history) for example in examples],
+        "fields": [to_json(example.fields) for example in examples],
+        "metadata": [to_json(encoded(example.metadata)) for example in examples],
         "content_hash": [bytes.fromhex(content_hash) for _, content_hash in batch],
     }
     return arrow.RecordBatch.from_pydict(columns, schema=_SCHEMA)
 
 
 @contextmanager
-def _cache_errors(place: _Place) -> Generator[None]:
+def _cache_errors(place: StorePlace) -> Generator[None]:
     """Turn what goes wrong with the cache folder into one sentence that names the way out."""
     try:
         yield
@@ -453,131 +428,3 @@ def _remove_unused(root: Path) -> None:
         with suppress(OSError):
             if entry.is_dir() and time.time() - entry.stat().st_mtime > _UNUSED_SECONDS:
                 shutil.rmtree(entry)
-
-
-# --- the name of a store ---------------------------------------------------------------------------
-
-
-def _place(source: Source, labels: Mapping[str, str] | None) -> _Place | None:
-    """Say where the store of a source is; None for one that has none or cannot be read."""
-    identity = source.identity() if isinstance(source, StorableSource) else None
-    # What is no plain file may give its bytes only once.
-    if identity is None or (identity.file is not None and not identity.file.is_file()):
-        return None
-    try:
-        state = _state(identity)
-        content = None if identity.file is None else _file_hash(identity.file)
-    except OSError:
-        # Reading it says what is wrong.
-        return None
-    # As pairs: the order of the labels is that of the choices.
-    words = None if labels is None else list(labels.items())
-    name = fingerprint([identity.content, content, words, _LAYOUT, _reader_version()])
-    return _Place(cache_root() / _FOLDER / name, identity, state)
-
-
-@cache
-def _reader_version() -> str:
-    return code_fingerprint(*_READERS)
-
-
-def _state(identity: Identity) -> str:
-    """What changes when the file does, without reading it."""
-    return "" if identity.file is None else _state_of(identity.file.stat())
-
-
-def _state_of(status: os.stat_result) -> str:
-    # More than size and time of writing: a copy may carry both over from another file.
-    parts = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-    return "-".join(map(str, parts))
-
-
-def _file_hash(file: Path) -> str:
-    """Return a hash of the bytes of a file; of a large one it is remembered by its state."""
-    status = file.stat()
-    if status.st_size < _REMEMBERED_BYTES:
-        return _hash_of(file)
-    memory = (
-        cache_root() / _FOLDER / "hashes" / fingerprint([str(file.resolve()), _state_of(status)])
-    )
-    with suppress(OSError, ValueError):
-        found = memory.read_text(encoding="ascii")
-        if len(bytes.fromhex(found)) == _HASH_BYTES:
-            return found
-    age = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns)
-    found = _hash_of(file)
-    if age > _SETTLED_NANOSECONDS:
-        with suppress(OSError, DiskError):
-            write_text(memory, found)
-    return found
-
-
-def _hash_of(file: Path) -> str:
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=_HASH_BYTES))
-    return digest.hexdigest()
-
-
-# --- metadata as JSON ------------------------------------------------------------------------------
-
-
-class _NotStorableError(TypeError):
-    """A value has no form in JSON that could be read back."""
-
-
-# Values of parquet files and hub data sets that JSON has no word for: how each is written and read.
-_FORMS: Mapping[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
-    tuple: (list, tuple),
-    # Only where it has other keys than text.
-    dict: (lambda value: [list(item) for item in value.items()], dict),
-    bytes: (lambda value: b64encode(value).decode(), b64decode),
-    datetime: (datetime.isoformat, datetime.fromisoformat),
-    date: (date.isoformat, date.fromisoformat),
-    clock_time: (clock_time.isoformat, clock_time.fromisoformat),
-    timedelta: (
-        lambda value: [value.days, value.seconds, value.microseconds],
-        lambda parts: timedelta(*parts),
-    ),
-    Decimal: (str, Decimal),
-}
-_READ_BACK = {kind.__name__: read for kind, (_, read) in _FORMS.items()}
-_SCALARS = frozenset({str, int, float, bool, type(None)})
-_TAG = "\x00python"
-
-
-def _encoded(value: Any) -> Any:
-    """Return a value as JSON types alone, so that `_from_json` gives an equal one."""
-    kind: type = type(value)
-    if kind in _SCALARS:
-        return value
-    if kind is list:
-        return [_encoded(item) for item in value]
-    if kind is dict and all(type(name) is str for name in value) and _TAG not in value:
-        return {name: _encoded(item) for name, item in value.items()}
-    if kind in _FORMS:
-        return {_TAG: [kind.__name__, _encoded(_FORMS[kind][0](value))]}
-    raise _NotStorableError(f"its records hold a {kind.__name__}, which has no form as text.")
-
-
-def _from_json(text: str) -> Any:
-    return json.loads(text, object_hook=_decoded) if _TAG_TEXT in text else json.loads(text)
-
-
-def _decoded(value: dict[str, Any]) -> Any:
-    if _TAG not in value:
-        return value
-    name, written = value[_TAG]
-    return _READ_BACK[name](written)
-
-
-_TAG_TEXT = json.dumps(_TAG)
-
-
-def _json(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        # Half a character in a field that nothing is made of: as an escape it can be kept.
-        return json.dumps(value)
-    return text

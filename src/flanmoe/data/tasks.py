@@ -47,6 +47,8 @@ class TaskConfig(Config):
         rate: share of the draws, relative to the other tasks; for a family, of all its tasks
             together. Without rates, tasks are drawn by their sizes.
         cap: largest size that the task counts with when there are no rates.
+        cap_by: field of the records whose values are tasks of their own (`task` of P3): `cap` holds for each
+            of them.
         max_tokens: budget of tokens, prompts included. Once the rows trained on hold as many of it, the task
             is drawn no more, and the others share its rate.
         cluster: name under which results are grouped; by default the family, or the name.
@@ -66,6 +68,7 @@ class TaskConfig(Config):
     renderer: str = AUTO
     rate: float | None = Field(default=None, gt=0)
     cap: int | None = Field(default=None, ge=1)
+    cap_by: str | None = None
     max_tokens: int | None = Field(default=None, ge=1)
     cluster: str | None = None
     labels: dict[str, str] | None = Field(default=None, min_length=2)
@@ -98,6 +101,12 @@ class TaskConfig(Config):
                 "`exclude` only works with a family such as `exemplars/mmlu_cot/*`, but is set "
                 f"for `{self.name}`"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_cap_to_apply(self) -> "TaskConfig":
+        if self.cap_by is not None and self.cap is None:
+            raise ValueError(f"`cap_by` needs a `cap` to apply, but found only `{self.cap_by}`")
         return self
 
     @model_validator(mode="after")
@@ -224,6 +233,28 @@ class Task:
         if not store.examples:
             raise DataError(_empty(self.name, store.rejected))
         return store
+
+
+def rows_of_parts(task: Task, field: str) -> dict[str, list[int]]:
+    """Return the rows of every task that a data set holds, in the order in which they first come.
+
+    Args:
+        task: the data set.
+        field: field of its records whose values are tasks of their own (`KnownSet.tasks_field`).
+
+    Raises:
+        DataError: if a record lacks the field.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, example in enumerate(task.examples):
+        value = example.fields.get(field)
+        if not value:
+            raise DataError(
+                f"Each record of `{task.name}` must say in `{field}` which task it belongs to, but `{example.key}` "
+                "does not. Add the field, or leave the record out."
+            )
+        rows.setdefault(value, []).append(row)
+    return rows
 
 
 def num_rejected(tasks: Sequence[Task]) -> dict[str, int]:

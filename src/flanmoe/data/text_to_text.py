@@ -18,8 +18,9 @@ def render_text_to_text(
 ) -> Rendered:
     """Render an example for an encoder-decoder: the prompt goes into the encoder, the response is decoded.
 
-    Both are plain texts; the end-of-text tokens are the tokenizer's to add, as T5's does to each. The same
-    seeds give the same words as `render_chat` gives a decoder.
+    Turns before the question stand before it, a line break between them. Both are plain texts; the
+    end-of-text tokens are the tokenizer's to add, as T5's does to each. The same seeds give the same
+    words as `render_chat` gives a decoder.
 
     Args:
         example: what to render.
@@ -32,10 +33,5 @@ def render_text_to_text(
         seeds=fixed_seeds(task, example.key) if seeds is None else seeds, count_tokens=count_tokens
     )
     user, answer = renderer(example, occasion)
-    return Rendered(
-        prompt=user,
-        response=answer.strip(),
-        task=task,
-        key=example.key,
-        content_hash=example.content_hash(),
-    )
+    prompt = "\n".join([*(text for _, text in example.history), user])
+    return Rendered.of(example, prompt=prompt, response=answer.strip(), task=task)

@@ -5,6 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flanmoe.core.seeds import SeedTree
+from flanmoe.data.example import Example
+from flanmoe.data.renderers.base import answer_texts
 from flanmoe.data.renderers.option_styles import OptionBlock, option_block
 
 SEEDS = SeedTree(0)
@@ -26,13 +28,11 @@ def test_letters_in_full() -> None:
     )
 
 
-def test_beyond_the_alphabet_letters_become_numbers() -> None:
-    names = [f"intent {number}" for number in range(27)]
+def test_beyond_the_alphabet_letters_go_on_as_in_the_direct_renderer() -> None:
+    names = tuple(f"intent {number}" for number in range(28))
     block = option_block(names, "letters", SEEDS)
-    assert block.answers[0] == "(1)"
-    assert block.answers[-1] == "(27)"
-    assert block.text.endswith("\n(27) intent 26")
-    assert option_block(names[:26], "letters", SEEDS).answers[-1] == "(Z)"
+    assert block.answers == answer_texts(Example(inputs="?", target="", choices=names))
+    assert block.text.endswith("\n(Z) intent 25\n(AA) intent 26\n(AB) intent 27")
 
 
 @given(choices=_choices, seed=st.integers(0, 2**32))

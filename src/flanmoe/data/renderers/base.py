@@ -44,9 +44,9 @@ Renderer = Callable[[Example, Occasion], Exchange]
 renderers: Registry[Renderer] = Registry("renderer")
 
 # Strict: a variable that is not given is an error, never an empty string.
-_ENVIRONMENT = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+STRICT = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
-_QUESTION = _ENVIRONMENT.from_string(
+_QUESTION = STRICT.from_string(
     """\
 {% if instruction %}
 {{ instruction }}
@@ -72,7 +72,7 @@ def fill(template: str, **values: Any) -> str:
 @lru_cache(maxsize=1024)
 def _compiled(template: str) -> Template:
     # Compiling takes twenty times as long as filling in.
-    return _ENVIRONMENT.from_string(template)
+    return STRICT.from_string(template)
 
 
 def question_text(example: Example) -> str:

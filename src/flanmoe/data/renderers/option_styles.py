@@ -94,13 +94,12 @@ def option_block(choices: Sequence[str], style: StyleName, seeds: SeedTree) -> O
 
     Args:
         choices: the options in order, at least one.
-        style: `letters` for "(A) ..." below "Options:", with numbers beyond 26 options; `random` for a
+        style: `letters` for "(A) ..." below "Options:", as the renderer `direct` writes them; `random` for a
             drawn heading, marker and end.
         seeds: what the style is drawn from.
     """
     if style == "letters":
-        frame = letter if len(choices) <= MAXIMUM_OPTIONS else _number
-        return _block(choices, "Options:", _in("(", frame, ")"), "")
+        return _block(choices, "Options:", _in("(", letter, ")"), "")
     draw = seeds.python()
     fitting = [
         marker for marker in _MARKERS if marker.limit is None or len(choices) <= marker.limit

@@ -11,12 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from jinja2 import Environment, TemplateSyntaxError, meta
+from jinja2 import TemplateSyntaxError, meta
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from flanmoe.core.config import Config
 from flanmoe.core.errors import ConfigError, DataError
 from flanmoe.core.names import listing, nearest_name_hint
+from flanmoe.data.renderers.base import STRICT
 from flanmoe.data.templates.flan import FLAN_PREFIX, flan_family
 from flanmoe.data.templates.template import ALWAYS_GIVEN, Form, Template
 
@@ -25,8 +26,6 @@ _SUFFIXES = (".yaml", ".yml")
 _NAME = r"^[a-z0-9]+([_-][a-z0-9]+)*$"
 # What a prompt that asks for the answer must not show.
 _ANSWERS = frozenset({"answer", "target", "rationale"})
-
-_SYNTAX = Environment()
 
 
 class Wording(Config):
@@ -49,7 +48,7 @@ class Wording(Config):
     def _valid_jinja(cls, text: str) -> str:
         try:
             # Compiled, not only parsed: a filter that does not exist is found here, too.
-            _SYNTAX.from_string(text)
+            STRICT.from_string(text)
         except TemplateSyntaxError as error:
             raise ValueError(
                 f"must be valid jinja2, but is not: {error.message} (line {error.lineno})."
@@ -73,7 +72,7 @@ class Wording(Config):
 
 
 def _variables(text: str) -> frozenset[str]:
-    return frozenset(meta.find_undeclared_variables(_SYNTAX.parse(text)))
+    return frozenset(meta.find_undeclared_variables(STRICT.parse(text)))
 
 
 # pydantic's `ValidationInfo` is a protocol that cannot be checked while a program runs, hence `Any`.

@@ -5,19 +5,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from jinja2 import Environment, StrictUndefined, TemplateSyntaxError, meta
+from jinja2 import TemplateSyntaxError, meta
 
 from flanmoe.core.errors import ConfigError, DataError
 from flanmoe.core.names import listing
-from flanmoe.data.renderers.base import Exchange
+from flanmoe.data.renderers.base import STRICT, Exchange
 
 # What every rendering gives, empty where an example has none; the rest are fields of the record.
 ALWAYS_GIVEN = frozenset({"inputs", "answer", "target", "options", "choices", "rationale"})
 
 Form = Literal["question", "chain_of_thought", "inversion"]
-
-# Strict: a variable that is not given is an error, never an empty string.
-_ENVIRONMENT = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Template:
     def __post_init__(self) -> None:
         for part, text in (("prompt", self.prompt), ("response", self.response)):
             try:
-                _ENVIRONMENT.parse(text)
+                STRICT.parse(text)
             except TemplateSyntaxError as error:
                 raise ConfigError(
                     f"The {part} of template `{self.family}/{self.name}` must be valid jinja2, but: "
@@ -58,7 +55,7 @@ class Template:
     def needs(self) -> frozenset[str]:
         """Fields that an example must have, beside what every rendering gives."""
         texts = (self.prompt, self.response)
-        named = (meta.find_undeclared_variables(_ENVIRONMENT.parse(text)) for text in texts)
+        named = (meta.find_undeclared_variables(STRICT.parse(text)) for text in texts)
         return frozenset[str]().union(*named) - ALWAYS_GIVEN
 
     def fill(self, values: Mapping[str, Any]) -> Exchange:
@@ -79,4 +76,4 @@ class Template:
 
     @cached_property
     def _compiled(self) -> tuple[Any, Any]:
-        return _ENVIRONMENT.from_string(self.prompt), _ENVIRONMENT.from_string(self.response)
+        return STRICT.from_string(self.prompt), STRICT.from_string(self.response)

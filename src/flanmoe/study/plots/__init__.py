@@ -4,7 +4,8 @@ Each is drawn with matplotlib without global state, and is the same for the same
 """
 
 from flanmoe.study.plots.differences import paired_differences
-from flanmoe.study.plots.expert_load import expert_load
+from flanmoe.study.plots.expert_load import expert_load as expert_load
+from flanmoe.study.plots.expert_load import expert_loads
 from flanmoe.study.plots.figure import Drawing as Drawing
 from flanmoe.study.plots.loss_curves import loss_curves
 from flanmoe.study.plots.memory import memory
@@ -19,6 +20,6 @@ def drawings(data: ReportData) -> tuple[Drawing, ...]:
         scores(data),
         paired_differences(data),
         memory(data),
-        *(expert_load(data, number) for number in range(len(data.arms))),
+        *expert_loads(data),
     )
     return tuple(drawing for drawing in drawn if drawing is not None)

@@ -17,6 +17,20 @@ _LOAD_COLOURS = LinearSegmentedColormap.from_list(
     "load", ["#f4efe3", "#e3c58d", "#c98452", "#8c4a4a", "#3b2340"]
 )
 
+# A page of a dozen maps that hardly differ helps nobody; the tables hold the loads of all arms.
+_MOST_SHOWN = 4
+
+
+def expert_loads(data: ReportData) -> list[Drawing | None]:
+    """Heat maps of the sparse arms; of many, the baseline's and those of the most uneven load."""
+    busiest = {
+        number: (arm.label == data.baseline, arm.expert_load.max_over_mean)
+        for number, arm in enumerate(data.arms)
+        if arm.expert_load is not None
+    }
+    shown = sorted(busiest, key=lambda number: busiest[number], reverse=True)[:_MOST_SHOWN]
+    return [expert_load(data, number) for number in sorted(shown)]
+
 
 def expert_load(data: ReportData, number: int) -> Drawing | None:
     """Heat map of the share of every expert in every layer of one arm; None for a dense model."""

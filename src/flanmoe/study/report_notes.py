@@ -1,0 +1,137 @@
+"""The sentences beside the numbers of a report: what was left out or cut, and what to know of the run."""
+
+from collections.abc import Mapping, Sequence
+
+from flanmoe.data.packing import PackingReport, merged
+from flanmoe.study.records import SeedResults
+from flanmoe.study.report_data import (
+    Hardware,
+    MixtureData,
+)
+from flanmoe.study.report_text import listed
+
+
+def notes(arms: Mapping[str, Sequence[SeedResults]], mixtures: Sequence[MixtureData]) -> list[str]:
+    """What to know of the run: step 0, tasks that were skipped, sets drawn again, several machines."""
+    found = [
+        f"Before tuning, no logit of the upcycled {'arms' if len(names) > 1 else 'arm'} {listed(names)} "
+        f"differed by more than {difference} from the dense model's on the probe text."
+        for difference, names in _step0_differences(arms).items()
+    ]
+    results = [seed.last for seeds in arms.values() for seed in seeds if seed.last]
+    found += dict.fromkeys(
+        f"Task {skipped.task} was skipped: {skipped.reason}"
+        for result in results
+        for skipped in result.skipped
+    )
+    found += [note for mixture in mixtures if (note := _repeats(mixture))]
+    if len(used := machines(arms)) > 1:
+        names = "; ".join(f"{item.cpu}, {item.num_cores} cores" for item in used)
+        found.append(f"The study ran on {len(used)} machines, so seconds do not compare: {names}.")
+    return found
+
+
+def _repeats(mixture: MixtureData) -> str:
+    """Say which sets were smaller than their share of the draws, all seeds together; empty for none."""
+    repeated = [task for task in mixture.tasks if task.num_draws > task.num_examples > 0]
+    if not repeated:
+        return ""
+    most = max(repeated, key=lambda task: task.num_draws / task.num_examples)
+    return (
+        f"{len(repeated)} of the {len(mixture.tasks)} tasks that {listed(mixture.arms)} drew from hold fewer "
+        f"examples than they were drawn, so some were seen again; most often those of {most.task} "
+        f"({most.num_draws:,} draws of {most.num_examples:,} examples)."
+    )
+
+
+def _step0_differences(arms: Mapping[str, Sequence[SeedResults]]) -> dict[str, list[str]]:
+    """Return the arms by their logit difference at step 0, those that agree together."""
+    found: dict[str, list[str]] = {}
+    for name, seeds in arms.items():
+        difference = step0_difference(seeds)
+        if difference is not None:
+            found.setdefault(f"{difference:.1e}", []).append(name)
+    return found
+
+
+def step0_difference(seeds: Sequence[SeedResults]) -> float | None:
+    """The largest logit difference at step 0 of all seeds, None where nothing was upcycled."""
+    differences = [seed.upcycled.step0_max_abs_diff for seed in seeds if seed.upcycled]
+    return max(differences, default=None)
+
+
+def machines(arms: Mapping[str, Sequence[SeedResults]]) -> list[Hardware]:
+    """The machines that finished the jobs, in order."""
+    found: list[Hardware] = []
+    for seed in (seed for seeds in arms.values() for seed in seeds):
+        if seed.hardware not in found:
+            found.append(seed.hardware)
+    return found
+
+
+def warnings(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:
+    """What was left out or cut: of the data once where arms agree, of the questions for each arm."""
+    found = {
+        task: number
+        for seeds in arms.values()
+        for seed in seeds
+        for task, number in seed.rejected.items()
+    }
+    sentences = [
+        f"{number:,} record{'s' if number > 1 else ''} of the task {task} could not be read and "
+        f"{'were' if number > 1 else 'was'} left out (`on_bad_record: skip`)."
+        for task, number in found.items()
+    ]
+    sentences += _overlap_warnings(arms)
+    sentences += _packing_warnings(arms)
+    for name, seeds in arms.items():
+        result = seeds[0].last
+        if result is not None and result.num_truncated:
+            sentences.append(
+                f"{result.num_truncated:,} of the {result.num_examples:,} prompts that {name} answered were "
+                "cut on their left to fit into the model's positions."
+            )
+    return sentences
+
+
+def _overlap_warnings(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:
+    tunings = (t for seeds in arms.values() for seed in seeds for t in seed.tunings.values())
+    left_out = {name: task.left_out for tuned in tunings for name, task in tuned.mixture.items()}
+    return [
+        f"{number:,} example{'s' if number > 1 else ''} of {name} {'were' if number > 1 else 'was'} left out "
+        "of training because of overlap with evaluated text (`without_overlap_of`)."
+        for name, number in left_out.items()
+        if number
+    ]
+
+
+def _packing_warnings(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:
+    """Sentences about draws left out or cut, all tunings of an arm together; arms by name if they differ."""
+    packed = {
+        name: merged(tuned.packing for seed in seeds for tuned in seed.tunings.values())
+        for name, seeds in arms.items()
+        if seeds[0].tunings
+    }
+    alike = len({_left_out(found) for found in packed.values()}) == 1
+    sentences: list[str] = []
+    for name, found in packed.items():
+        draws = "draws" if alike else f"draws of {name}"
+        if found.num_dropped:
+            sentences.append(
+                f"{found.num_dropped:,} {draws} were left out of training because they are longer than a row "
+                "(`packing.length`)."
+            )
+        if found.num_truncated:
+            sentences.append(
+                f"{found.num_truncated:,} {draws} were cut at their end to fit into a row (`packing.length`)."
+            )
+        if found.num_without_exemplars:
+            sentences.append(
+                f"{found.num_without_exemplars:,} few-shot {draws} were left out of training because not one "
+                "exemplar fits before them (`template.prompt_tokens`)."
+            )
+    return list(dict.fromkeys(sentences))
+
+
+def _left_out(packing: PackingReport) -> tuple[int, ...]:
+    return packing.num_dropped, packing.num_truncated, packing.num_without_exemplars
