@@ -50,13 +50,16 @@ settings.load_profile("flanmoe")
 # Files whose tests start processes, train or read much: a few seconds each, a minute and a half together.
 _SLOW_FILES = (
     "cli/test_data.py",
+    "cli/test_eval.py",
     "cli/test_main.py",
     "data/templates/test_library.py",
     "data/test_contamination.py",
     "data/test_store.py",
     "data/test_stream.py",
     "evaluation/test_answers.py",
-    "evaluation/test_suites.py",
+    "evaluation/suites/test_prompted_suite.py",
+    "evaluation/suites/test_run.py",
+    "evaluation/tasks/test_harness.py",
     "models/test_memory.py",
     "models/test_upcycle.py",
     "moe/routers/test_invariants.py",

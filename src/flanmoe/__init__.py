@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from flanmoe.data.tasks import Task as Task
     from flanmoe.data.tasks import TaskConfig as TaskConfig
     from flanmoe.evaluation.comparison import compare as compare
-    from flanmoe.evaluation.suites import SuiteConfig as SuiteConfig
-    from flanmoe.evaluation.suites import evaluate_suite as evaluate_suite
+    from flanmoe.evaluation.suites.config import SuiteConfig as SuiteConfig
+    from flanmoe.evaluation.suites.run import evaluate_suite as evaluate_suite
     from flanmoe.models.blocks import moe_blocks as moe_blocks
     from flanmoe.models.expert_dropout import set_expert_dropout as set_expert_dropout
     from flanmoe.models.flops import count_flops as count_flops
@@ -79,7 +79,7 @@ _HOMES = {
     "SeedTree": "flanmoe.core.seeds",
     "SparseTrainer": "flanmoe.training.trainer",
     "Study": "flanmoe.study.study",
-    "SuiteConfig": "flanmoe.evaluation.suites",
+    "SuiteConfig": "flanmoe.evaluation.suites.config",
     "Task": "flanmoe.data.tasks",
     "TaskConfig": "flanmoe.data.tasks",
     "TuneConfig": "flanmoe.training.arguments",
@@ -91,7 +91,7 @@ _HOMES = {
     "count_flops": "flanmoe.models.flops",
     "count_parameters": "flanmoe.models.plan",
     "estimate_memory": "flanmoe.models.memory",
-    "evaluate_suite": "flanmoe.evaluation.suites",
+    "evaluate_suite": "flanmoe.evaluation.suites.run",
     "freeze": "flanmoe.models.freezing",
     "load_model": "flanmoe.models.loading",
     "load_study": "flanmoe.study.study",

@@ -7,7 +7,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from flanmoe.core.errors import DataError
-from flanmoe.data.chat import render_chat
+from flanmoe.data.chat import chat_prompt, render_chat
 from flanmoe.data.example import Example, Rendered
 from flanmoe.data.packing import tokenize
 from flanmoe.data.renderers import renderer_named
@@ -155,3 +155,23 @@ def test_turns_that_a_template_refuses_are_named() -> None:
         "(`system`, `user`, `assistant`, `user`), but refuses them: No system turn. Take such turns "
         "out of the records, or use a tokenizer whose template takes them."
     )
+
+
+def test_a_text_as_one_turn_of_the_user(tokenizer: Any) -> None:
+    assert chat_prompt("Q: 1?\nA:", tokenizer, task="sums") == (
+        "<|im_start|>user\nQ: 1?\nA:<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_without_a_template_the_model_goes_on_with_the_text() -> None:
+    assert chat_prompt("Q: 1?\nA:", templated(None), task="sums") == "Q: 1?\nA:"
+    beginning = templated(None, bos_token="<|im_start|>")
+    from_text = beginning.backend_tokenizer
+    from_text.post_processor = _beginning_with("<|im_start|>", beginning.bos_token_id)
+    assert chat_prompt("Q:", beginning, task="sums") == "<|im_start|>Q:"
+
+
+def test_a_template_that_refuses_a_single_turn_is_named() -> None:
+    refusing = templated("{{ raise_exception('a system turn must come first') }}")
+    with pytest.raises(DataError, match="but refuses that of task `sums`: a system turn must"):
+        chat_prompt("Q:", refusing, task="sums")

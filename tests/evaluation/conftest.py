@@ -48,7 +48,7 @@ def _quiz(name: str, size: int, *, label: int | None = None) -> Task:
 
 
 def _record(
-    task: str, key: str, loss: float, correct: bool | None = None, **other: Any
+    task: str, key: str, loss: float | None, correct: bool | None = None, **other: Any
 ) -> ExampleRecord:
     choices = {} if correct is None else _choices(correct)
     values = {"num_tokens": 4, **choices, **other}

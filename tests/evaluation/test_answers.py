@@ -25,6 +25,7 @@ from flanmoe.evaluation.answers import (
     extract_option,
     extract_span,
     final_answer,
+    graded_answer,
     normalise_span,
     read_number,
     same_answer,
@@ -603,3 +604,27 @@ def test_real_free_chains_name_their_option(
         for key, chain in _chains("divergent_cot", split, "correct_chains", real_data_dir)
     )
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "example", "extracted", "right"),
+    [
+        (
+            "The answer is (B).",
+            Example("?", "less", choices=("more", "less"), label=1),
+            "(B)",
+            True,
+        ),
+        ("It is more.", Example("?", "less", choices=("more", "less"), label=1), "(A)", False),
+        ("So the answer is yes.", Example("?", "no"), "yes", False),
+        ("The answer is $1,000.50.", Example("?", "1000.5"), "2001/2", True),
+        ("The answer is ] ) ).", Example("?", "] ) )"), "] ) )", True),
+        ("The answer is the Eiffel Tower.", Example("?", "Eiffel tower"), "eiffel tower", True),
+        ("I cannot say.\nNo idea.", Example("?", "12"), None, None),
+    ],
+)
+def test_what_was_read_is_kept_beside_the_verdict(
+    text: str, example: Example, extracted: str | None, right: bool | None
+) -> None:
+    assert graded_answer(text, example) == (extracted, right)
+    assert same_answer(text, example) is right

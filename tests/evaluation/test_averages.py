@@ -88,3 +88,52 @@ def test_chance_is_the_mean_over_examples(record: Record) -> None:
 def test_nothing_has_no_scores() -> None:
     with pytest.raises(DataError, match="found 0"):
         example_scores([])
+
+
+def test_parts_are_averaged_before_they_count_as_one_task(record: Record) -> None:
+    records = [
+        record("a", "0", 1.0, True),
+        record("b", "0", 3.0, False),
+        record("c", "0", 8.0, False),
+    ]
+    found = average(records, dict.fromkeys("abc", "x"), parts={"a": "whole", "b": "whole"})
+    assert found.clusters["x"].accuracy is not None
+    assert found.clusters["x"].accuracy.mean == 0.25
+    assert found.clusters["x"].accuracy.num_values == 2
+    assert found.clusters["x"].loss is not None
+    assert found.clusters["x"].loss.mean == 5.0
+    assert [task.part_of for task in found.tasks] == ["whole", "whole", None]
+
+
+def test_a_task_of_one_question_takes_its_error_from_the_others(record: Record) -> None:
+    records = [record("a", str(key), 1.0, key == 0) for key in range(2)] + [
+        record("b", "0", 1.0, True)
+    ]
+    found = average(records, {"a": "x", "b": "x"})
+    # Task a: variance 1/2 of two values, so 1/4 of their mean; task b: 1/2.
+    assert found.macro.accuracy is not None
+    assert found.macro.accuracy.standard_error == pytest.approx((1 / 4 + 1 / 2) ** 0.5 / 2)
+    assert found.macro.normalised_standard_error == pytest.approx(
+        100 / 0.75 * (1 / 4 + 1 / 2) ** 0.5 / 2
+    )
+    # Its own error stays unknown.
+    assert found.tasks[1].headline.accuracy is not None
+    assert found.tasks[1].headline.accuracy.standard_error is None
+
+
+def test_scores_without_losses_and_without_chances(record: Record) -> None:
+    plain = [record("a", str(key), None, score=float(key), chance=None) for key in range(2)]
+    scores = example_scores(plain)
+    assert scores.loss is None
+    assert scores.accuracy is not None
+    assert scores.accuracy.mean == 0.5
+    assert (scores.chance, scores.normalised_accuracy) == (None, None)
+
+
+def test_answers_that_cannot_be_read_are_counted(record: Record) -> None:
+    records = [
+        record("a", "0", None, score=0.0, output="Hm.", unfinished=True),
+        record("a", "1", None, score=1.0, output="2", extracted="2", truncated=True),
+    ]
+    found = task_score(records, cluster="x")
+    assert (found.num_unreadable, found.num_unfinished, found.num_truncated) == (1, 1, 1)

@@ -1,5 +1,6 @@
 """Paired differences against hand-computed values and scipy; refusals; planted differences."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from flanmoe.evaluation.comparison import (
     mcnemar,
     paired,
 )
+from flanmoe.evaluation.paired import weighted_difference
 from flanmoe.evaluation.results import ExampleRecord, SuiteResult, write_result
 
 Record = Callable[..., ExampleRecord]
@@ -250,3 +252,42 @@ def test_written_results_compare_alike(
     write_result(first, tmp_path / "first")
     scores = write_result(second, tmp_path / "second")
     assert compare_files(tmp_path / "first", scores, seed=7) == compare(first, second, seeds=SEEDS)
+
+
+def test_a_weighted_difference_by_hand(record: Record) -> None:
+    def pairs(task: str, *scores: tuple[float, float]) -> list[tuple[ExampleRecord, ExampleRecord]]:
+        return [
+            (record(task, str(key), None, score=one), record(task, str(key), None, score=other))
+            for key, (one, other) in enumerate(scores)
+        ]
+
+    own = {"a": pairs("a", (0, 1), (1, 1)), "b": pairs("b", (1, 0), (0, 0), (0, 0), (0, 1))}
+    found = weighted_difference(own, {"a": 0.5, "b": 2.0}, seeds=SeedTree(0))
+    # Means 1/2 and 0; variances 1/2 over 2 and 2/3 over 4.
+    assert found.difference.mean == pytest.approx(0.25)
+    expected = math.sqrt(0.25 * (1 / 2) / 2 + 4 * (2 / 3) / 4)
+    assert found.difference.standard_error == pytest.approx(expected)
+    assert found.interval is not None
+    low, high = found.interval
+    assert low < 0.25 < high
+    # About the normal one.
+    assert high - low == pytest.approx(2 * 1.96 * expected, rel=0.3)
+
+
+def test_tasks_of_one_question_are_drawn_anew_together(record: Record) -> None:
+    own = {
+        str(task): [
+            (
+                record(str(task), "0", None, score=0.0),
+                record(str(task), "0", None, score=float(task % 2)),
+            )
+        ]
+        for task in range(20)
+    }
+    found = weighted_difference(own, dict.fromkeys(own, 1 / 20), seeds=SeedTree(0))
+    assert found.difference.mean == pytest.approx(0.5)
+    # Nothing is known within a task, so the error is not; the interval is that of twenty draws.
+    assert found.difference.standard_error is None
+    assert found.interval is not None
+    spread = 1.96 * math.sqrt(0.25 / 20)
+    assert found.interval == pytest.approx((0.5 - spread, 0.5 + spread), abs=0.06)

@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flanmoe.core.errors import DataError
-from flanmoe.evaluation.metrics import Estimate, chance_normalised, estimate_mean, macro_average
+from flanmoe.evaluation.metrics import (
+    Estimate,
+    chance_normalised,
+    estimate_mean,
+    macro_average,
+    normalised_average,
+    with_pooled_errors,
+)
 
 values = st.floats(min_value=-1e3, max_value=1e3, allow_nan=False)
 
@@ -101,3 +108,27 @@ def test_normalised_score(score: float, chance: float, expected: float) -> None:
 def test_certain_guessing_is_refused() -> None:
     with pytest.raises(DataError, match="must be below 100 percent, but is 100"):
         chance_normalised(100, 100)
+
+
+@given(st.lists(st.lists(st.floats(-5, 5), min_size=1, max_size=5), min_size=1, max_size=5))
+def test_pooled_errors_equal_the_written_out_formula(samples: list[list[float]]) -> None:
+    found = with_pooled_errors([estimate_mean(sample) for sample in samples])
+    squares = sum(
+        (value - np.mean(sample)) ** 2 for sample in samples for value in sample if len(sample) > 1
+    )
+    degrees = sum(len(sample) - 1 for sample in samples)
+    for sample, estimate in zip(samples, found, strict=True):
+        if len(sample) > 1:
+            assert estimate == estimate_mean(sample)
+        elif degrees:
+            expected = math.sqrt(squares / degrees)
+            assert estimate.standard_error == pytest.approx(expected, abs=1e-7)
+        else:
+            assert estimate.standard_error is None
+
+
+def test_a_normalised_average_by_hand() -> None:
+    # (62.5 - 25) / 75 = 50 %, and 30 %.
+    assert normalised_average([62.5, 30.0], [25.0, 0.0]) == pytest.approx(40)
+    with pytest.raises(ValueError, match="shorter"):
+        normalised_average([1.0, 2.0], [0.0])

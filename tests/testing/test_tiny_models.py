@@ -6,12 +6,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flanmoe.testing.tiny_models import DENSE_NAMES, SPARSE_NAMES, tiny_model, tiny_tokenizer
+from flanmoe.testing.tiny_models import (
+    DENSE_NAMES,
+    ENCODER_DECODER_NAMES,
+    SPARSE_NAMES,
+    tiny_model,
+    tiny_text_tokenizer,
+    tiny_tokenizer,
+)
+
+NAMES = DENSE_NAMES + SPARSE_NAMES + ENCODER_DECODER_NAMES
 
 _ASCII = st.text(alphabet=[chr(code) for code in range(32, 127)] + ["\n", "\t"], max_size=60)
 
 
-@pytest.mark.parametrize("name", DENSE_NAMES + SPARSE_NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_seed_decides_all_weights_and_nothing_else(name: str) -> None:
     state = torch.get_rng_state()
     first, second, other = tiny_model(name), tiny_model(name), tiny_model(name, seed=1)
@@ -21,7 +30,7 @@ def test_the_seed_decides_all_weights_and_nothing_else(name: str) -> None:
         assert not torch.equal(tensor, other.state_dict()[key]), key
 
 
-@pytest.mark.parametrize("name", DENSE_NAMES + SPARSE_NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_varies(name: str) -> None:
     for key, parameter in tiny_model(name).named_parameters():
         assert parameter.std() > 0.01, key
@@ -64,3 +73,22 @@ def test_the_chat_template_marks_turns() -> None:
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     assert whole == prompt + "4<|im_end|>\n"
     assert tokenizer(prompt)["input_ids"][0] == tokenizer.bos_token_id
+
+
+@given(_ASCII)
+def test_the_text_tokenizer_ends_every_text_and_adds_nothing_else(text: str) -> None:
+    tokenizer = tiny_text_tokenizer()
+    token_ids = tokenizer(text)["input_ids"]
+    assert len(token_ids) == len(text) + 1
+    assert token_ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(token_ids, skip_special_tokens=True) == text
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == token_ids[:-1]
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODER_NAMES)
+def test_token_ids_of_the_text_tokenizer_agree_with_the_encoder_decoders(name: str) -> None:
+    tokenizer, config = tiny_text_tokenizer(), tiny_model(name).config
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+    assert (config.pad_token_id, config.eos_token_id, config.decoder_start_token_id) == (0, 1, 0)
+    assert (tokenizer.bos_token, tokenizer.chat_template) == (None, None)
+    assert len(tokenizer) <= config.vocab_size

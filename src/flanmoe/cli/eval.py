@@ -5,48 +5,100 @@ from typing import Annotated, Literal
 
 import typer
 
-from flanmoe.cli.options import AsJson, DataDir, refuse_without_effect, split_option
+from flanmoe.cli.options import AsJson, DataDir, Resume, refuse_without_effect, split_option
 from flanmoe.cli.output import machine_output
 from flanmoe.core.errors import ConfigError
+
+Model = Annotated[str | None, typer.Argument(help="smollm2-135m-instruct, a folder, or a hub id.")]
+Suite = Annotated[
+    str | None,
+    typer.Option(
+        help="flan: MMLU, BIG-bench Hard, reasoning and QA as FLAN-MoE asks them. held-out: losses and "
+        "letters on worked examples of BIG-bench Hard. smoke: does it work, in a minute."
+    ),
+]
+TaskNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A task by name: exemplars/bbh/*, arc_easy of the data folder, lm-eval/NAME. Repeatable."
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Questions of each group of a suite, or of all tasks together, the same share of every "
+        "task; 0 for every question.",
+        show_default="100 a group for flan and smoke on a CPU, otherwise every question",
+    ),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Most tokens of a chain of thought.",
+        show_default="128 on a CPU, 512 on an accelerator",
+    ),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Most texts in one forward pass; changes speed and memory.",
+        show_default="as many as fit",
+    ),
+]
+ChosenPrecision = Annotated[
+    Literal["float32", "bfloat16", "auto"],
+    typer.Option(
+        help="bfloat16 is faster on machines with instructions for it, which auto looks up; compare only "
+        "results of one precision."
+    ),
+]
+OwnTasks = Annotated[
+    Path | None,
+    typer.Option(help="Folder with lm-eval tasks of your own (YAML), for --task lm-eval/NAME."),
+]
+ResultDir = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the result and every example; new, or with --resume."),
+]
+Compared = Annotated[
+    tuple[Path, Path] | None,
+    typer.Option(metavar="A B", help="Compare two result folders of the same questions."),
+]
 
 
 def evaluate(
     context: typer.Context,
-    model: Annotated[
-        str | None, typer.Argument(help="smollm2-135m-instruct, a folder, or a hub id.")
-    ] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(help="A task by name, e.g. exemplars/bbh/* or arc_easy. Repeatable."),
-    ] = None,
+    model: Model = None,
+    suite: Suite = None,
+    task: TaskNames = None,
     split: Annotated[str | None, split_option("test")] = None,
-    suite: Annotated[str | None, typer.Option(help="A named set of tasks: `held-out`.")] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Questions in all, the same share of every task.")
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Most texts in one forward pass; changes speed and memory.")
-    ] = 8,
-    precision: Annotated[
-        Literal["float32", "bfloat16"],
-        typer.Option(help="bfloat16 is faster; compare only results of one precision."),
-    ] = "float32",
+    limit: Limit = None,
+    max_new_tokens: MaxNewTokens = None,
+    batch_size: BatchSize = None,
+    precision: ChosenPrecision = "float32",
     data_dir: DataDir = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for the result and every example.")
-    ] = None,
-    compare: Annotated[
-        tuple[Path, Path] | None,
-        typer.Option(metavar="A B", help="Compare two result folders of the same questions."),
-    ] = None,
+    lm_eval_tasks: OwnTasks = None,
+    out: ResultDir = None,
+    resume: Resume = False,
+    compare: Compared = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a model: loss on the reference answer, and accuracy where there are choices.
+    """Score a model with standard errors, or compare two results.
 
-    Every mean comes with its standard error. Examples that flanmoe trained the model on are marked and left out
-    of the headline numbers. With --compare, two results are compared example by example.
+    --suite flan asks few-shot questions as the papers do: the likeliest letter
+    counts, or what the model writes is read. --task scores the loss on reference
+    answers, and letters where there are choices. What will be asked, and how long
+    it takes, is printed first. What the data folder lacks is left out by name, and
+    averages over it are marked partial. Questions that flanmoe trained the model on
+    are marked and left out of the headline numbers.
 
-    Example: flanmoe eval runs/quickstart/arms/sparse/seed-0/02-tune/model --suite held-out --out results/sparse
+    With --out, an evaluation that was stopped goes on with --resume. With --compare,
+    two results are compared question by question.
+
+    Example: flanmoe eval smollm2-135m-instruct --suite flan --limit 60 --data-dir DATA --out results/before
     """
     from flanmoe.stages.evaluate import compare_folders, evaluate_reference
 
@@ -58,7 +110,13 @@ def evaluate(
             return
         if model is None:
             raise ConfigError("An evaluation needs a MODEL or `--compare A B`, but has neither.")
-        settings = {"limit": limit, "batch_size": batch_size, "precision": precision}
+        settings = {
+            "limit": limit,
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+            "precision": precision,
+            "lm_eval_tasks": None if lm_eval_tasks is None else str(lm_eval_tasks),
+        }
         emit(
             evaluate_reference(
                 model,
@@ -68,5 +126,6 @@ def evaluate(
                 settings=settings,
                 data_dir=data_dir,
                 out=out,
+                resume=resume,
             )
         )

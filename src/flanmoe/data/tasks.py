@@ -250,8 +250,8 @@ def rows_of_parts(task: Task, field: str) -> dict[str, list[int]]:
         value = example.fields.get(field)
         if not value:
             raise DataError(
-                f"Each record of `{task.name}` must say in `{field}` which task it belongs to, but `{example.key}` "
-                "does not. Add the field, or leave the record out."
+                f"Each record of `{task.name}` must say in `{field}` which task it belongs to, but "
+                f"`{example.key}` does not. Add the field, or leave the record out."
             )
         rows.setdefault(value, []).append(row)
     return rows

@@ -6,36 +6,28 @@ usually much smaller than that of either score (Miller 2024, arXiv 2411.00640).
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binomtest
 
 from flanmoe.core.config import Config
 from flanmoe.core.errors import DataError
 from flanmoe.core.seeds import SeedTree
-from flanmoe.evaluation.metrics import Estimate, estimate_mean, macro_average
+from flanmoe.evaluation.metrics import estimate_mean, macro_average
+from flanmoe.evaluation.paired import (
+    CONFIDENCE_LEVEL as CONFIDENCE_LEVEL,
+)
+from flanmoe.evaluation.paired import (
+    Differences,
+    Pair,
+    PairedDifference,
+    bootstrap_interval,
+    loss_differences,
+    score_differences,
+    weighted_difference,
+)
 from flanmoe.evaluation.results import ExampleRecord, SuiteResult, read_result
-
-CONFIDENCE_LEVEL = 0.95
-NUM_RESAMPLES = 9999
-
-Pair = tuple[ExampleRecord, ExampleRecord]
-Differences = Callable[[Sequence[Pair]], list[tuple[float, str]]]
-
-
-class PairedDifference(Config):
-    """The mean of second minus first, over examples or over tasks.
-
-    Attributes:
-        difference: the mean with its standard errors.
-        interval: bootstrap interval at 95 %; None where a task has only one example to draw from.
-    """
-
-    difference: Estimate
-    interval: tuple[float, float] | None
 
 
 class McNemar(Config):
@@ -57,16 +49,28 @@ class Comparison(Config):
 
     Attributes:
         num_examples: pairs of examples.
-        loss: nats per token (negative: the second is better); None where the models cut the
-            reference answers into different tokens, which makes losses per token incomparable.
-        accuracy: share of right choices (positive: the second is better), None without choices.
-        mcnemar: the exact test behind the accuracy, None without choices.
+        loss: nats per token (negative: the second is better); None where there are none, and where the models
+            cut the reference answers into different tokens, which makes losses per token incomparable.
+        accuracy: share of right answers (positive: the second is better), None where nothing is right or wrong.
+        mcnemar: the exact test behind the accuracy, None where nothing is right or wrong.
     """
 
     num_examples: int
     loss: PairedDifference | None
     accuracy: PairedDifference | None
     mcnemar: McNemar | None
+
+
+class GroupComparison(Config):
+    """Second minus first over one group of a suite.
+
+    Attributes:
+        pooled: over all examples of the group alike.
+        macro_accuracy: over its tasks alike, as the group's average is taken.
+    """
+
+    pooled: Comparison
+    macro_accuracy: PairedDifference | None
 
 
 class SuiteComparison(Config):
@@ -76,6 +80,8 @@ class SuiteComparison(Config):
         pooled: over all examples alike; clustered standard errors take the tasks as clusters.
         macro_loss, macro_accuracy: over tasks alike, examples drawn anew within each task.
         tasks: per task.
+        groups: per group, where the suite has groups.
+        normalised_average: of the suite's normalised average, percent; None where it has none.
         same_prompts: whether both models were given the same text for every example.
         num_examples: examples in both results.
         num_seen: how many of them one model or both were trained on; left out unless there are no
@@ -87,6 +93,8 @@ class SuiteComparison(Config):
     macro_loss: PairedDifference | None
     macro_accuracy: PairedDifference | None
     tasks: dict[str, Comparison]
+    groups: dict[str, GroupComparison] = {}
+    normalised_average: PairedDifference | None = None
     same_prompts: bool
     num_examples: int
     num_seen: int
@@ -119,15 +127,19 @@ def compare(first: SuiteResult, second: SuiteResult, *, seeds: SeedTree) -> Suit
     by_task = {task: [pair for pair in counted if pair[0].task == task] for task in tasks}
     pooled = compare_pairs(counted, seeds=seeds.child("pooled"))
     # An average over the tasks whose tokens happen to agree would hide that the others do not.
-    macro_loss = _macro(by_task, _losses, seeds.child("macro-loss")) if pooled.loss else None
+    macro_loss = (
+        _macro(by_task, loss_differences, seeds.child("macro-loss")) if pooled.loss else None
+    )
     return SuiteComparison(
         pooled=pooled,
         macro_loss=macro_loss,
-        macro_accuracy=_macro(by_task, _accuracies, seeds.child("macro-accuracy")),
+        macro_accuracy=_macro(by_task, score_differences, seeds.child("macro-accuracy")),
         tasks={
             task: compare_pairs(own, seeds=seeds.child("task").child(task))
             for task, own in by_task.items()
         },
+        groups=_groups(first, by_task, seeds.child("group")),
+        normalised_average=_normalised_average(first, by_task, seeds.child("normalised")),
         same_prompts=all(one.prompt_hash == other.prompt_hash for one, other in pairs),
         num_examples=len(pairs),
         num_seen=len(pairs) - len(new),
@@ -157,14 +169,14 @@ def compare_pairs(pairs: Sequence[Pair], *, seeds: SeedTree) -> Comparison:
     """Compare over one set of pairs, every example counting the same."""
     return Comparison(
         num_examples=len(pairs),
-        loss=_difference(pairs, _losses, seeds.child("loss")),
-        accuracy=_difference(pairs, _accuracies, seeds.child("accuracy")),
+        loss=_difference(pairs, loss_differences, seeds.child("loss")),
+        accuracy=_difference(pairs, score_differences, seeds.child("accuracy")),
         mcnemar=mcnemar(pairs),
     )
 
 
 def mcnemar(pairs: Sequence[Pair]) -> McNemar | None:
-    """Run the exact McNemar test (1947, exact form) over the questions with choices; None without any."""
+    """Run the exact McNemar test (1947) over questions answered right or wrong; None without any."""
     answers = [
         (one.correct, other.correct)
         for one, other in pairs
@@ -177,40 +189,6 @@ def mcnemar(pairs: Sequence[Pair]) -> McNemar | None:
     disagreements = only_first + only_second
     p_value = float(binomtest(only_first, disagreements).pvalue) if disagreements else 1.0
     return McNemar(only_first=only_first, only_second=only_second, p_value=p_value)
-
-
-def bootstrap_interval(
-    samples: Sequence[Sequence[float]], *, seeds: SeedTree
-) -> tuple[float, float] | None:
-    """Return the 95 % percentile bootstrap interval of the mean of the samples' means.
-
-    Each sample (a task) is drawn anew by itself. One sample gives the interval of its mean. The
-    percentile form is used because differences of right and wrong answers take three values only,
-    where the corrections of the other forms divide by zero.
-
-    Returns None where a sample has fewer than two values: nothing can be drawn anew from one.
-    """
-    if min(len(sample) for sample in samples) < 2:
-        return None
-    arrays = [np.asarray(sample, dtype=np.float64) for sample in samples]
-    if all(np.ptp(array) == 0 for array in arrays):
-        middle = float(np.mean([array[0] for array in arrays]))
-        return middle, middle
-    found = bootstrap(
-        arrays,
-        _mean_of_means,
-        vectorized=True,
-        n_resamples=NUM_RESAMPLES,
-        batch=512,
-        confidence_level=CONFIDENCE_LEVEL,
-        method="percentile",
-        rng=seeds.numpy(),
-    )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
-
-
-def _mean_of_means(*samples: np.ndarray, axis: int) -> Any:
-    return sum(sample.mean(axis=axis) for sample in samples) / len(samples)
 
 
 def _difference(
@@ -241,19 +219,57 @@ def _macro(
     )
 
 
-def _losses(pairs: Sequence[Pair]) -> list[tuple[float, str]]:
-    """Differences of loss with their tasks; none at all where token counts differ (see `Comparison`)."""
-    if any(one.num_tokens != other.num_tokens for one, other in pairs):
-        return []
-    return [(other.loss - one.loss, one.task) for one, other in pairs]
+def _groups(
+    result: SuiteResult, by_task: Mapping[str, Sequence[Pair]], seeds: SeedTree
+) -> dict[str, GroupComparison]:
+    found: dict[str, GroupComparison] = {}
+    for group in result.groups:
+        weights = _weights(result, by_task, [group.group])
+        if weights:
+            own = {task: by_task[task] for task in weights}
+            draws = seeds.child(group.group)
+            found[group.group] = GroupComparison(
+                pooled=compare_pairs(
+                    [pair for pairs in own.values() for pair in pairs], seeds=draws
+                ),
+                macro_accuracy=weighted_difference(own, weights, seeds=draws.child("macro")),
+            )
+    return found
 
 
-def _accuracies(pairs: Sequence[Pair]) -> list[tuple[float, str]]:
-    return [
-        (float(other.correct) - float(one.correct), one.task)
-        for one, other in pairs
-        if one.correct is not None and other.correct is not None
-    ]
+def _normalised_average(
+    result: SuiteResult, by_task: Mapping[str, Sequence[Pair]], seeds: SeedTree
+) -> PairedDifference | None:
+    average = result.normalised_average
+    if average is None:
+        return None
+    weights = {
+        # From a share to percent of the way from chance to perfect.
+        task: 100 * weight / (1 - (by_task[task][0][0].chance or 0.0))
+        for task, weight in _weights(result, by_task, average.groups).items()
+    }
+    own = {task: by_task[task] for task in weights}
+    return weighted_difference(own, weights, seeds=seeds) if own else None
+
+
+def _weights(
+    result: SuiteResult, by_task: Mapping[str, Sequence[Pair]], groups: Sequence[str]
+) -> dict[str, float]:
+    """Weights with which the scores of tasks enter the average over groups; they sum to 1.
+
+    Groups count alike, whole tasks alike within a group, and parts alike within a whole task.
+    """
+    wholes: dict[str, dict[str, list[str]]] = {}
+    for task in result.tasks:
+        if task.cluster in groups and task.task in by_task:
+            parts = wholes.setdefault(task.cluster, {})
+            parts.setdefault(task.part_of or task.task, []).append(task.task)
+    return {
+        task: 1 / (len(wholes) * len(own) * len(parts))
+        for own in wholes.values()
+        for parts in own.values()
+        for task in parts
+    }
 
 
 def _identified(records: Sequence[ExampleRecord]) -> dict[Hashable, ExampleRecord]:

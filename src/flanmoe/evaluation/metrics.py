@@ -95,6 +95,31 @@ def macro_average(estimates: Sequence[Estimate]) -> Estimate:
     )
 
 
+def with_pooled_errors(estimates: Sequence[Estimate]) -> list[Estimate]:
+    """Give tasks of a single example the standard error that the spread within the other tasks suggests.
+
+    A small sample spread over many tasks leaves some with one example, whose spread cannot be seen. They are
+    taken to vary as examples do within the other tasks: s^2 = sum of (n - 1) s_i^2 / sum of (n - 1), as the
+    spread within groups is pooled in an analysis of variance. Where no task has two examples, nothing changes.
+    """
+    degrees = sum(estimate.num_values - 1 for estimate in estimates)
+    if not degrees:
+        return list(estimates)
+    # s_i^2 = n times the squared standard error.
+    spread = sum(
+        (estimate.num_values - 1) * estimate.num_values * estimate.standard_error**2
+        for estimate in estimates
+        if estimate.standard_error is not None
+    )
+    error = math.sqrt(spread / degrees)
+    return [
+        estimate.model_copy(update={"standard_error": error})
+        if estimate.num_values == 1
+        else estimate
+        for estimate in estimates
+    ]
+
+
 def chance_normalised(score: float, chance: float) -> float:
     """Return 100 (score - chance) / (100 - chance): 0 is guessing, 100 is perfect, below 0 is worse.
 
@@ -111,3 +136,14 @@ def chance_normalised(score: float, chance: float) -> float:
             "Leave questions with a single choice out."
         )
     return 100 * (score - chance) / (100 - chance)
+
+
+def normalised_average(scores: Sequence[float], chances: Sequence[float]) -> float:
+    """Return the mean of chance-normalised scores, all in percent (Chung et al., arXiv 2210.11416, table 5).
+
+    Raises:
+        DataError: if there is no score.
+        ValueError: if scores and chances differ in number.
+    """
+    pairs = zip(scores, chances, strict=True)
+    return estimate_mean([chance_normalised(score, chance) for score, chance in pairs]).mean

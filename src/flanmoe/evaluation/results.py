@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from flanmoe.core import files
 from flanmoe.core.config import Config
@@ -28,14 +28,20 @@ class ExampleRecord(Config):
         task: name of the task.
         key: name of the example within its task.
         content_hash: hash of what the example asks and answers; the same in every prompt format.
-        prompt_hash: hash of the rendered prompt and reference answer.
-        loss: negative log-likelihood of the reference answer, nats per token,
-            end-of-turn token included.
-        num_tokens: tokens of the reference answer that the loss is over.
-        choice_scores: log-likelihood of each choice in nats; empty where the answer is free.
-        predicted: index of the likeliest choice (the first of equals), None without choices.
+        prompt_hash: hash of the rendered prompt and of what is asked after it.
+        loss: negative log-likelihood of the reference answer, nats per token, end-of-turn token
+            included; None where the answer is only picked or generated.
+        num_tokens: tokens of the reference answer that the loss is over, 0 without one.
+        choice_scores: log-likelihood of each choice in nats; empty where none are compared.
+        predicted: index of the likeliest choice (the first of equals), None where none are compared.
         label: index of the right choice, None without choices.
-        correct: whether they agree, None without choices.
+        correct: whether the answer is right; None where there is nothing that is right or wrong.
+        score: 1 for a right answer and 0 for a wrong or unreadable one; for tasks of lm-eval its metric.
+        chance: the score that guessing is expected to give; None where it is not known.
+        output: what the model wrote, as it came; None where nothing was generated.
+        extracted: the answer that was read out of it, or the choice that was likeliest; None where no
+            answer could be read.
+        unfinished: whether the model used up all tokens that it was allowed to write.
         seen: whether the model was trained on this example.
         truncated: whether the prompt had to be cut on its left to fit into the model's positions.
     """
@@ -44,36 +50,50 @@ class ExampleRecord(Config):
     key: str
     content_hash: str
     prompt_hash: str
-    loss: float
-    num_tokens: int
+    loss: float | None = None
+    num_tokens: int = 0
     choice_scores: tuple[float, ...] = ()
     predicted: int | None = None
     label: int | None = None
     correct: bool | None = None
+    score: float | None = None
+    chance: float | None = None
+    output: str | None = None
+    extracted: str | None = None
+    unfinished: bool = False
     seen: bool = False
     truncated: bool = False
 
-    @property
-    def chance(self) -> float | None:
-        """Share of right answers that guessing would give; None without choices."""
-        return 1 / len(self.choice_scores) if self.choice_scores else None
+    @model_validator(mode="before")
+    @classmethod
+    def _implied(cls, value: Any) -> Any:
+        """Fill in the score of a right or wrong answer, and the chance among choices of which one is right."""
+        values = dict(value)
+        if values.get("score") is None and values.get("correct") is not None:
+            values["score"] = float(values["correct"])
+        if values.get("chance") is None and values.get("choice_scores"):
+            values["chance"] = 1 / len(values["choice_scores"])
+        return values
 
 
 class Scores(Config):
     """Loss and accuracy over one set of examples, or averaged over tasks.
 
     Attributes:
-        loss: mean over examples of the nats per token of the reference answer.
-        accuracy: share of right choices among the examples that have choices, None where none has.
+        loss: mean over examples of the nats per token of the reference answer, None where none has one.
+        accuracy: mean score of the examples that have one: the share of right answers, or the metric of
+            a task of lm-eval.
         chance: the accuracy that guessing would give on the same examples.
         normalised_accuracy: accuracy in percent of the way from chance to perfect; below 0 is worse
             than guessing.
+        normalised_standard_error: its standard error, in percent as well.
     """
 
-    loss: Estimate
+    loss: Estimate | None = None
     accuracy: Estimate | None = None
     chance: float | None = None
     normalised_accuracy: float | None = None
+    normalised_standard_error: float | None = None
 
 
 class TaskScore(Config):
@@ -82,6 +102,8 @@ class TaskScore(Config):
     Attributes:
         task: its name.
         cluster: the group of tasks that it belongs to.
+        part_of: the task of the suite that this is one part of, None where it is a whole one. The parts
+            are averaged first and then count as one task.
         headline: over the examples that the model has not seen; over all where it has seen
             every one.
         only_seen: True where the headline is over seen examples for want of others.
@@ -89,23 +111,92 @@ class TaskScore(Config):
         num_examples: examples evaluated.
         num_seen: how many of them the model was trained on.
         num_truncated: how many prompts were cut on their left.
+        num_unreadable: how many generated answers could not be read; they count as wrong.
+        num_unfinished: how many answers used up all tokens that the model was allowed to write.
     """
 
     task: str
     cluster: str
+    part_of: str | None = None
     headline: Scores
     only_seen: bool
     seen: Scores | None
     num_examples: int
     num_seen: int
     num_truncated: int
+    num_unreadable: int = 0
+    num_unfinished: int = 0
 
 
 class SkippedTask(Config):
-    """A task that could not be evaluated, and why."""
+    """A task that could not be evaluated, and why.
+
+    Attributes:
+        task: its name.
+        reason: one or two sentences.
+        group: the group of the suite whose average lacks it, "" where it belongs to none.
+    """
 
     task: str
     reason: str
+    group: str = ""
+
+
+class LeftOut(Config):
+    """Questions that are there and were not evaluated.
+
+    Attributes:
+        task: the task or data set that they belong to.
+        reason: why.
+        number: how many.
+    """
+
+    task: str
+    reason: str
+    number: int
+
+
+class GroupCoverage(Config):
+    """What the average of one group of a suite is over; its scores are `SuiteResult.clusters[group]`.
+
+    Attributes:
+        group: its name.
+        title: its name in words.
+        mode: how the questions are put: `direct` or `chain_of_thought`.
+        shots: worked examples before each question, as the suite defines it.
+        held: `in` where the published training data covers the group, `out` where not.
+        num_tasks: tasks that the suite defines for it; parts of one task count once.
+        missing: tasks (or parts) without data.
+        partial: whether there are any.
+    """
+
+    group: str
+    title: str
+    mode: str
+    shots: int
+    held: str
+    num_tasks: int
+    missing: tuple[str, ...]
+    partial: bool
+
+
+class NormalisedAverage(Config):
+    """The mean over groups of their chance-normalised scores, percent (FLAN-MoE, arXiv 2305.14705).
+
+    Attributes:
+        groups: the groups that it is over.
+        mean: the average; 0 is guessing, 100 is perfect.
+        standard_error: sampling error of the questions, the tasks taken as given; None where a group's
+            is not known.
+        missing: groups that belong to it and have no data.
+        partial: whether it lacks a group, or one of its groups lacks a task.
+    """
+
+    groups: tuple[str, ...]
+    mean: float
+    standard_error: float | None
+    missing: tuple[str, ...] = ()
+    partial: bool = False
 
 
 class SuiteResult(Config):
@@ -117,15 +208,22 @@ class SuiteResult(Config):
     Attributes:
         tasks: scores per task, in the order of the suite.
         skipped: tasks without data.
+        left_out: questions that are there and were not evaluated.
         pooled: over all examples, every example counting the same; its clustered standard errors
             take the tasks as clusters.
         macro: over tasks, every task counting the same.
-        clusters: the same over the tasks of each cluster.
+        clusters: the same over the tasks of each cluster, which is the group of a suite that has groups.
+        groups: what the average of each group is over; empty for plain lists of tasks.
+        normalised_average: the suite's headline; None where it has none, or no data for it.
+        held: the same over the groups that the published training data covers (`in`) and does not (`out`).
+        harness: for tasks of lm-eval every metric as lm-eval aggregates it.
         only_seen: True where the model has seen every example of the suite.
         num_examples, num_seen, num_truncated: totals over the tasks.
         seconds: wall-clock seconds of the scoring.
         tokens: tokens that went through the model, padding left out.
         padding_tokens: padding that went through the model.
+        shared_tokens: tokens that did not have to, because another request had the same beginning.
+        generated_tokens: tokens that the model wrote.
         model_hash: hash of the model's weights.
         settings: how the suite was set up.
         versions: of Python, the platform and the packages that decide results.
@@ -134,9 +232,14 @@ class SuiteResult(Config):
 
     tasks: tuple[TaskScore, ...]
     skipped: tuple[SkippedTask, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
     pooled: Scores
     macro: Scores
     clusters: dict[str, Scores]
+    groups: tuple[GroupCoverage, ...] = ()
+    normalised_average: NormalisedAverage | None = None
+    held: dict[str, NormalisedAverage] = {}
+    harness: dict[str, dict[str, float]] = {}
     only_seen: bool
     num_examples: int
     num_seen: int
@@ -144,6 +247,8 @@ class SuiteResult(Config):
     seconds: float
     tokens: int
     padding_tokens: int
+    shared_tokens: int = 0
+    generated_tokens: int = 0
     model_hash: str
     settings: dict[str, Any]
     versions: dict[str, str]

@@ -13,12 +13,16 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
 
 from flanmoe.core.errors import ModelError
 from flanmoe.core.names import nearest_name_hint
@@ -65,26 +69,29 @@ def load_config(reference: str) -> PreTrainedConfig:
     Raises:
         ModelError: if it cannot be read, or is not a causal language model's.
     """
-    place = resolve_reference(reference)
-    with _one_sentence(reference, "configuration"):
-        config = AutoConfig.from_pretrained(place)
+    config = _read_config(reference)
     _check_causal(reference, config)
     return config
 
 
 def load_model(reference: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load a causal language model on the CPU, in evaluation mode.
+    """Load a causal language model or an encoder-decoder on the CPU, in evaluation mode.
 
-    Experts run flanmoe's compute, and routers stay in float32 under autocast.
+    Experts run flanmoe's compute, and routers stay in float32 under autocast; where experts are not fused, as
+    in transformers' Switch, they run as transformers runs them.
 
     Raises:
-        ModelError: if it cannot be loaded, is not a causal language model, or its files
-            lack weights.
+        ModelError: if it cannot be loaded, is neither of the two, or its files lack weights.
     """
-    config = load_config(reference)
+    config = _read_config(reference)
+    if _writes_answers(config):
+        auto_class = AutoModelForSeq2SeqLM
+    else:
+        _check_causal(reference, config)
+        auto_class = AutoModelForCausalLM
     written_in = config.dtype
     with _one_sentence(reference, "weights"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class.from_pretrained(
             resolve_reference(reference), config=config, dtype=dtype, output_loading_info=True
         )
     model, report = loaded
@@ -139,6 +146,21 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """Write a checkpoint that `load_model` and transformers' AutoModel read, with its tokenizer."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _read_config(reference: str) -> PreTrainedConfig:
+    place = resolve_reference(reference)
+    with _one_sentence(reference, "configuration"):
+        return AutoConfig.from_pretrained(place)
+
+
+def _writes_answers(config: PreTrainedConfig) -> bool:
+    """Return whether a configuration is that of an encoder-decoder with a head for text."""
+    if not config.is_encoder_decoder or type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        return False
+    found: Any = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
+    known = {kind.__name__ for kind in (found if isinstance(found, tuple) else (found,))}
+    return not config.architectures or bool(known.intersection(config.architectures))
 
 
 def _check_causal(reference: str, config: PreTrainedConfig) -> None:

@@ -26,10 +26,10 @@ from flanmoe.core.config import Config
 from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.flops import attention_widths
 from flanmoe.models.meta import as_model, embedding_weight, head_weight
+from flanmoe.models.precision import Precision
 from flanmoe.moe.block import MoEBlock
 from flanmoe.moe.experts import ROW_MULTIPLE
 
-Precision = Literal["bfloat16", "float32"]
 Optimizer = Literal["adamw", "sgd"]
 
 # Resident memory of the process of a run before it holds a model (0.6 GiB: libraries, tokenizer,

@@ -32,8 +32,10 @@ class Speaker:
     def answer(self, messages: Sequence[Message], *, streamed: bool) -> tuple[str, int]:
         """Return the answer and its number of tokens; print it as it comes when `streamed`."""
         prompt = _prompt_text(self.tokenizer, messages)
-        encoded = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        apart = bool(self.model.config.is_encoder_decoder)
+        # Chat templates write their special tokens themselves; an encoder's text has no template.
+        encoded = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=apart)
+        streamer = TextStreamer(self.tokenizer, skip_prompt=not apart, skip_special_tokens=True)
         sampling: dict[str, Any] = {"do_sample": self.temperature > 0}
         if self.temperature > 0:
             sampling["temperature"] = self.temperature
@@ -44,7 +46,8 @@ class Speaker:
                 streamer=streamer if streamed else None,
                 **sampling,
             )
-        new = tokens[0, encoded["input_ids"].shape[1] :]
+        # A decoder returns the prompt with the answer, an encoder-decoder the token that starts it.
+        new = tokens[0, 1 if apart else encoded["input_ids"].shape[1] :]
         return str(self.tokenizer.decode(new, skip_special_tokens=True)).strip(), len(new)
 
 

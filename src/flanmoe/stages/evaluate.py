@@ -4,29 +4,39 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from flanmoe.core.config import Config
-from flanmoe.core.console import show_table
+from flanmoe.core.console import say, show_table
 from flanmoe.core.errors import ConfigError, RunError
 from flanmoe.core.seeds import SeedTree
 from flanmoe.data.tasks import num_rejected
-from flanmoe.evaluation.comparison import SuiteComparison, compare_files
-from flanmoe.evaluation.metrics import Estimate
+from flanmoe.evaluation.comparison import compare_files
+from flanmoe.evaluation.lm.journal import JOURNAL_FILE
 from flanmoe.evaluation.results import SuiteResult, write_result
 from flanmoe.evaluation.suites import (
     SuiteConfig,
-    evaluate_suite,
-    evaluate_tasks,
-    load_suite,
+    evaluate_loaded,
+    load_evaluation,
     named_suite,
+    warn_of_left_out,
+    warn_of_skipped,
 )
+from flanmoe.evaluation.suites.named import check_suite_name, prompted_suite
+from flanmoe.evaluation.suites.plan import EvaluationPlan
 from flanmoe.stages.context import StageContext
+from flanmoe.stages.evaluation_tables import (
+    average_table,
+    comparison_table,
+    notes_of,
+    plan_table,
+    score_table,
+)
 from flanmoe.stages.held_model import HeldModel
 from flanmoe.stages.recipe import EvaluateStage
 from flanmoe.stages.task_names import named_tasks
 
 _DEFAULT_SPLIT = "test"
+# Questions of each group of a few-shot suite on a CPU, where all of them would take a day.
+LIMIT_ON_CPU = 100
 
 
 class EvaluateResult(Config):
@@ -47,18 +57,18 @@ def run_evaluate(stage: EvaluateStage, held: HeldModel, context: StageContext) -
     """Score the model in hand; every example's outcome goes into the stage's folder."""
     config = SuiteConfig(**{name: getattr(stage, name) for name in SuiteConfig.model_fields})
     # What is left out, the plan has said; the result and the report say it again.
-    tasks, skipped = load_suite(config, data_dir=context.data_dir)
-    result = evaluate_tasks(
+    loaded = load_evaluation(config, data_dir=context.data_dir)
+    result = evaluate_loaded(
         held.model(),
         held.tokenizer(),
-        tasks,
+        loaded,
         config=config,
         # The same branch for every label, so that "before" and "after" draw the same questions.
         seeds=context.questions.child("evaluate"),
         training_hashes=held.training_hashes(),
-        skipped=skipped,
     )
     write_result(result, context.run.path)
+    tasks = loaded.data_sets
     kept_back = tuple(task.name for task in tasks if task.evaluation_only)
     return EvaluateResult(
         scores=result.summary(), evaluation_only=kept_back, rejected=num_rejected(tasks)
@@ -74,127 +84,123 @@ def evaluate_reference(
     settings: Mapping[str, Any],
     data_dir: Path | None,
     out: Path | None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Score a model on tasks or a named suite; what `flanmoe eval` does.
+
+    The plan is printed before anything goes through the model.
 
     Args:
         reference: a known name, a folder or a hub id.
         names: tasks by name.
-        suite: a named set of tasks, None for none.
+        suite: a suite by name, None for none.
         split: split of the tasks in `names`; None takes `test` where they have splits.
-        settings: the other fields of `SuiteConfig`; None stands for the field's default.
+        settings: the other fields of `SuiteConfig`; None stands for the default, which is 100 for the `limit`
+            of a few-shot suite on a CPU and as many as fit for `batch_size`; `limit` 0 is every question.
         data_dir: data folder, None where none was named.
-        out: new folder for the result, None for none.
+        out: folder for the result, None for none.
+        resume: go on with what an evaluation that was stopped left in `out`.
 
     Raises:
-        ConfigError: if no task is named, the suite is not known, or `split` has no effect.
-        RunError: if `out` already holds files.
+        ConfigError: if no task is named, the suite is not known, or an option has no effect.
+        RunError: if `out` already holds files and is not to be gone on with, or holds another evaluation.
     """
-    if out is not None and out.exists() and any(out.iterdir()):
-        raise RunError(
-            f"The folder {out} must be empty or new, but already holds files. "
-            "Name another one with `--out`."
-        )
-    given = {name: value for name, value in settings.items() if value is not None}
-    config = SuiteConfig.parse(
-        {"tasks": _task_configs(names, suite, split), **given}, origin="The command line"
-    )
+    _check_folder(out, resume=resume)
+    given = _settings_of(names, suite, split, settings)
+    config = SuiteConfig.parse(given, origin="The command line")
+    loaded = load_evaluation(config, data_dir=data_dir)
+    warn_of_skipped(loaded.skipped)
+    warn_of_left_out(loaded.left_out)
     held = HeldModel(reference)
-    result = evaluate_suite(
+    on_cpu = held.model().device.type == "cpu"
+    if settings.get("limit") is None and loaded.prompted is not None and on_cpu:
+        config = config.model_copy(update={"limit": LIMIT_ON_CPU})
+    plans: list[EvaluationPlan] = []
+
+    def announce(plan: EvaluationPlan) -> None:
+        plans.append(plan)
+        show_table(plan_table(plan, on_cpu=on_cpu))
+
+    result = evaluate_loaded(
         held.model(),
         held.tokenizer(),
-        config,
-        data_dir=data_dir,
+        loaded,
+        config=config,
         seeds=SeedTree(0).child("evaluate"),
         training_hashes=held.training_hashes(),
+        announce=announce,
+        journal=None if out is None else out / JOURNAL_FILE,
     )
+    _show(reference, result)
     if out is not None:
         write_result(result, out)
-    show_table(_score_table(reference, result))
-    return {"model": reference, **result.to_mapping()}
-
-
-def _task_configs(
-    names: Sequence[str], suite: str | None, split: str | None
-) -> list[dict[str, Any]]:
-    if not suite and not names:
-        raise ConfigError(
-            "An evaluation needs `--suite NAME` or at least one `--task NAME`, but has none."
-        )
-    if split is not None and not names:
-        raise ConfigError(
-            f"`--split` must go with `--task NAME`, but the suite `{suite}` brings its own splits. "
-            "Leave `--split` out."
-        )
-    tasks = [
-        *(named_suite(suite) if suite else ()),
-        *named_tasks(names, split=split, default_split=_DEFAULT_SPLIT),
-    ]
-    return [task.to_mapping() for task in tasks]
-
-
-def _score_table(reference: str, result: SuiteResult) -> Table:
-    table = Table(title=f"Scores of {reference}")
-    for column in ("task", "loss, nats/token", "accuracy", "chance", "examples", "seen"):
-        table.add_column(column, justify="left" if column == "task" else "right")
-    for task in result.tasks:
-        scores = task.headline
-        table.add_row(
-            task.task,
-            estimate_text(scores.loss),
-            estimate_text(scores.accuracy),
-            "" if scores.chance is None else f"{scores.chance:.3f}",
-            str(task.num_examples),
-            str(task.num_seen),
-        )
-    pooled = result.pooled
-    name = "all, without seen ones" if result.num_seen and not result.only_seen else "all"
-    table.add_section()
-    chance = "" if pooled.chance is None else f"{pooled.chance:.3f}"
-    table.add_row(
-        name,
-        estimate_text(pooled.loss),
-        estimate_text(pooled.accuracy),
-        chance,
-        str(result.num_examples),
-        str(result.num_seen),
-    )
-    return table
-
-
-def estimate_text(estimate: Estimate | None) -> str:
-    """Write a mean with its standard error over examples."""
-    if estimate is None:
-        return ""
-    error = estimate.standard_error
-    return f"{estimate.mean:.3f}" + ("" if error is None else f" ± {error:.3f}")
+    return {"model": reference, **result.to_mapping(), "plan": plans[0].to_mapping()}
 
 
 def compare_folders(first: Path, second: Path) -> dict[str, Any]:
     """Compare two written results example by example; what `flanmoe eval --compare` does."""
     comparison = compare_files(first, second)
-    show_table(_comparison_table(first, second, comparison))
+    show_table(comparison_table(first, second, comparison))
     return comparison.to_mapping()
 
 
-def _comparison_table(first: Path, second: Path, comparison: SuiteComparison) -> Table:
-    table = Table(title=f"{second} minus {first}, paired over {comparison.num_examples} examples")
-    for column in ("metric", "difference", "95 % interval", "note"):
-        table.add_column(column)
-    pooled = comparison.pooled
-    for name, row in (("loss, nats/token", pooled.loss), ("accuracy", pooled.accuracy)):
-        if row is None:
-            continue
-        low, high = row.interval or (float("nan"), float("nan"))
-        unclear = row.interval is None or low <= 0 <= high
-        note = "the interval holds 0: no evidence either way" if unclear else ""
-        table.add_row(name, estimate_text(row.difference), f"{low:.4f} to {high:.4f}", note)
-    if pooled.mcnemar is not None:
-        test = pooled.mcnemar
-        table.add_row(
-            "McNemar",
-            f"{test.only_first} against {test.only_second}",
-            f"p = {test.p_value:.3f}",
-            "",
+def _show(reference: str, result: SuiteResult) -> None:
+    show_table(score_table(reference, result))
+    if result.groups:
+        show_table(average_table(result))
+    for note in notes_of(result):
+        say(note)
+
+
+def _check_folder(out: Path | None, *, resume: bool) -> None:
+    if resume and out is None:
+        raise ConfigError(
+            "`--resume` goes on with what an evaluation left in a folder, but `--out` names none. Name it."
         )
-    return table
+    if out is None or not out.exists() or not any(out.iterdir()):
+        return
+    if not resume:
+        way_out = "Name another one with `--out`"
+        if (out / JOURNAL_FILE).exists():
+            way_out += ", or go on with the evaluation that is in it with `--resume`"
+        raise RunError(
+            f"The folder {out} must be empty or new, but already holds files. {way_out}."
+        )
+    if not (out / JOURNAL_FILE).exists():
+        raise RunError(
+            f"The folder {out} must hold an evaluation to go on with, but has no {JOURNAL_FILE}. Name another "
+            "one with `--out`."
+        )
+
+
+def _settings_of(
+    names: Sequence[str], suite: str | None, split: str | None, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what the command line says as the fields of a `SuiteConfig`."""
+    if not suite and not names:
+        raise ConfigError(
+            "An evaluation needs `--suite NAME` or at least one `--task NAME`, but has none."
+        )
+    if suite is not None:
+        check_suite_name(suite)
+    if split is not None and not names:
+        raise ConfigError(
+            f"`--split` must go with `--task NAME`, but the suite `{suite}` brings its own splits. "
+            "Leave `--split` out."
+        )
+    given = {name: value for name, value in settings.items() if value is not None}
+    given["batch_size"] = settings.get("batch_size")
+    if not given.get("limit"):
+        given.pop("limit", None)
+    if suite is not None and not names:
+        return {**given, "suite": suite}
+    if suite is not None and prompted_suite(suite) is not None:
+        raise ConfigError(
+            f"The suite `{suite}` must be evaluated by itself, but `--task {names[0]}` stands beside it. "
+            "Evaluate the task in a run of its own."
+        )
+    tasks = [
+        *(named_suite(suite) if suite else ()),
+        *named_tasks(names, split=split, default_split=_DEFAULT_SPLIT),
+    ]
+    return {**given, "tasks": [task.to_mapping() for task in tasks]}

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from flanmoe.core.errors import ConfigError
 from flanmoe.data.sources.finding import DEFAULT_SPLIT, unsplit_kind
 from flanmoe.data.tasks import TaskConfig
+from flanmoe.evaluation.tasks.harness import HARNESS_PREFIX
 
 
 def named_tasks(names: Sequence[str], *, split: str | None, default_split: str) -> list[TaskConfig]:
@@ -22,7 +23,7 @@ def named_tasks(names: Sequence[str], *, split: str | None, default_split: str) 
 
 
 def _named(name: str, split: str | None, default_split: str) -> TaskConfig:
-    kind = unsplit_kind(name)
+    kind = "a task of lm-eval" if name.startswith(HARNESS_PREFIX) else unsplit_kind(name)
     if kind is None:
         return TaskConfig(name=name, split=split or default_split)
     if split is not None:

@@ -125,9 +125,12 @@ def _score(estimate: Estimate, *, chance: float | None = None) -> Score:
     )
 
 
-def _scores(scores: evaluation_results.Scores) -> tuple[Score, Score | None]:
-    accuracy = scores.accuracy
-    return _score(scores.loss), _score(accuracy, chance=scores.chance) if accuracy else None
+def _scores(scores: evaluation_results.Scores) -> tuple[Score | None, Score | None]:
+    loss, accuracy = scores.loss, scores.accuracy
+    return (
+        _score(loss) if loss else None,
+        _score(accuracy, chance=scores.chance) if accuracy else None,
+    )
 
 
 def _evaluation(result: SuiteResult) -> Evaluation:
@@ -163,12 +166,12 @@ def _mean_evaluation(results: Sequence[SuiteResult | None]) -> Evaluation | None
         return None
     first = evaluations[0]
     return Evaluation(
-        loss=_mean_score([item.loss for item in evaluations]),
+        loss=_mean_score([item.loss for item in evaluations if item.loss]),
         accuracy=_mean_score([item.accuracy for item in evaluations if item.accuracy]),
         tasks=tuple(
             TaskScore(
                 task=task.task,
-                loss=_mean_score([item.tasks[i].loss for item in evaluations]) or task.loss,
+                loss=_mean_score([score for item in evaluations if (score := item.tasks[i].loss)]),
                 accuracy=_mean_score(
                     [score for item in evaluations if (score := item.tasks[i].accuracy)]
                 ),
@@ -180,7 +183,9 @@ def _mean_evaluation(results: Sequence[SuiteResult | None]) -> Evaluation | None
         clusters=tuple(
             cluster.model_copy(
                 update={
-                    "loss": _mean_score([item.clusters[i].loss for item in evaluations]),
+                    "loss": _mean_score(
+                        [score for item in evaluations if (score := item.clusters[i].loss)]
+                    ),
                     "accuracy": _mean_score(
                         [score for item in evaluations if (score := item.clusters[i].accuracy)]
                     ),

@@ -66,7 +66,7 @@ def _evaluation_summary(evaluation: Evaluation | None) -> dict[str, Any] | None:
     if evaluation is None:
         return None
     return {
-        **_score_summary("loss", evaluation.loss),
+        **(_score_summary("loss", evaluation.loss) if evaluation.loss else {}),
         **(_score_summary("accuracy", evaluation.accuracy) if evaluation.accuracy else {}),
         "tasks": len(evaluation.tasks),
     }

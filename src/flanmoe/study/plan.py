@@ -13,7 +13,7 @@ from flanmoe.core.cache import fingerprint
 from flanmoe.core.config import Config
 from flanmoe.core.seeds import SeedTree
 from flanmoe.data.mixture import Mixture
-from flanmoe.evaluation.suites import load_suite, warn_of_skipped
+from flanmoe.evaluation.suites import load_evaluation, warn_of_skipped
 from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.flops import FlopCount, count_flops
 from flanmoe.models.loading import load_config
@@ -136,11 +136,10 @@ def _read_data(study: Study, data_dir: Path | None) -> dict[str, int]:
             if isinstance(stage, TuneStage):
                 Mixture.load(stage.data, seeds=SeedTree(0), data_dir=data_dir)
             elif isinstance(stage, EvaluateStage):
-                tasks, skipped = load_suite(stage, data_dir=data_dir)
-                warn_of_skipped([skip for skip in skipped if skip.task not in warned])
-                warned |= {skip.task for skip in skipped}
-                size = sum(task.size for task in tasks)
-                num_questions[identity] = min(size, stage.limit or size)
+                loaded = load_evaluation(stage, data_dir=data_dir)
+                warn_of_skipped([skip for skip in loaded.skipped if skip.task not in warned])
+                warned |= {skip.task for skip in loaded.skipped}
+                num_questions[identity] = loaded.num_questions(stage.limit)
     return num_questions
 
 

@@ -48,14 +48,14 @@ class TaskScore(Config):
 
     Attributes:
         task: name of the task.
-        loss: nats per token of the reference answer.
-        accuracy: share of right choices, None where the task has no choices.
+        loss: nats per token of the reference answer, None where none is scored.
+        accuracy: share of right answers, None where nothing is right or wrong.
         num_seen: how many of the evaluated examples the model was trained on.
         num_truncated: how many prompts were cut on their left to fit into the model's positions.
     """
 
     task: str
-    loss: Score
+    loss: Score | None
     accuracy: Score | None = None
     num_seen: int = 0
     num_truncated: int = 0
@@ -67,13 +67,13 @@ class ClusterScore(Config):
     Attributes:
         cluster: the kind.
         num_tasks: tasks of that kind.
-        loss: nats per token of the reference answer; its examples are tasks.
+        loss: nats per token of the reference answer, None where none is scored; its examples are tasks.
         accuracy: share of right choices, None where no task has choices.
     """
 
     cluster: str
     num_tasks: int
-    loss: Score
+    loss: Score | None
     accuracy: Score | None = None
 
 
@@ -81,13 +81,13 @@ class Evaluation(Config):
     """Scores of one model over all held-out tasks.
 
     Attributes:
-        loss: mean over all examples.
+        loss: mean over all examples, None where no reference answers are scored.
         accuracy: mean over the examples that have choices, None where none has.
         tasks: the same task by task.
         clusters: the same by kind of task.
     """
 
-    loss: Score
+    loss: Score | None
     accuracy: Score | None = None
     tasks: tuple[TaskScore, ...] = ()
     clusters: tuple[ClusterScore, ...] = ()

@@ -346,7 +346,9 @@ def evaluated_examples(evaluation: Evaluation | None) -> str:
     """Format how many examples an evaluation is over."""
     if evaluation is None:
         return "not evaluated"
-    text = f"{exact(evaluation.loss.num_examples)} for loss"
-    if evaluation.accuracy is not None:
-        text += f", {exact(evaluation.accuracy.num_examples)} for accuracy"
-    return text
+    parts = {"loss": evaluation.loss, "accuracy": evaluation.accuracy}
+    return ", ".join(
+        f"{exact(score.num_examples)} for {name}"
+        for name, score in parts.items()
+        if score is not None
+    )

@@ -11,8 +11,14 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flanmoe.core.names import listing, nearest_name_hint
@@ -93,32 +99,78 @@ _MODELS: Mapping[str, Mapping[str, Any]] = {
     "granitemoe": {"num_local_experts": 8, "num_experts_per_tok": 2, "tie_word_embeddings": True},
 }
 
+_ENCODER_DECODERS: Mapping[str, Mapping[str, Any]] = {
+    "t5": {
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_heads": 4,
+        "num_layers": 2,
+        "feed_forward_proj": "gated-gelu",
+    },
+    "switch_transformers": {
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_heads": 4,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+        "num_experts": 8,
+    },
+    "bart": {
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "max_position_embeddings": 512,
+        "init_std": 0.2,
+        "bos_token_id": None,
+        "forced_eos_token_id": None,
+    },
+}
+# As in T5, the decoder starts with the padding token.
+_SHARED_BY_ENCODER_DECODERS: Mapping[str, Any] = {
+    "vocab_size": VOCABULARY_SIZE,
+    "d_model": 32,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
+
+ENCODER_DECODER_NAMES = tuple(_ENCODER_DECODERS)
 DENSE_NAMES = ("llama", "mistral", "qwen2", "qwen3")
 SPARSE_NAMES = tuple(name for name in _MODELS if name not in DENSE_NAMES)
 
 
 def tiny_model(name: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """Build a tiny random causal language model in evaluation mode, float32, on the CPU.
+    """Build a tiny random language model in evaluation mode, float32, on the CPU.
 
-    Sparse models run flanmoe's expert compute and float32 routers, as loaded models do.
+    Sparse causal models run flanmoe's expert compute and float32 routers, as loaded models do.
 
     Args:
-        name: transformers' model type, one of `DENSE_NAMES` or `SPARSE_NAMES`.
+        name: transformers' model type: a causal model of `DENSE_NAMES` or `SPARSE_NAMES`, or one of
+            `ENCODER_DECODER_NAMES`.
         seed: seed of the weights; the global generator is left as it was.
         overrides: configuration values that replace the tiny ones.
 
     Raises:
         KeyError: if the name is not one of them.
     """
-    if name not in _MODELS:
+    settings = {name: {**_SHARED, **own} for name, own in _MODELS.items()} | {
+        name: {**_SHARED_BY_ENCODER_DECODERS, **own} for name, own in _ENCODER_DECODERS.items()
+    }
+    if name not in settings:
         raise KeyError(
-            f"No tiny model is called `{name}`.{nearest_name_hint(name, _MODELS)} "
-            f"There are {listing(_MODELS)}."
+            f"No tiny model is called `{name}`.{nearest_name_hint(name, settings)} "
+            f"There are {listing(settings)}."
         )
-    config = CONFIG_MAPPING[name](**{**_SHARED, **_MODELS[name], **overrides})
+    config = CONFIG_MAPPING[name](**{**settings[name], **overrides})
+    build = AutoModelForSeq2SeqLM if name in ENCODER_DECODER_NAMES else AutoModelForCausalLM
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        model = build.from_config(config)
         _disturb_vectors(model)
     if name in SPARSE_NAMES:
         model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
@@ -142,15 +194,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     configurations say. Nothing is added around a text; the chat template wraps turns as
     `<|im_start|>role ... <|im_end|>`.
     """
-    characters = sorted(string.printable.rstrip("\x0b\x0c"))
-    tokens = [*_SPECIAL_TOKENS, *characters]
-    tokenizer = Tokenizer(
-        BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[], unk_token="<|unknown|>")
-    )
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in _SPECIAL_TOKENS])
-    tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=_of_characters(_SPECIAL_TOKENS, unknown="<|unknown|>"),
         pad_token="<|pad|>",
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
@@ -159,3 +204,32 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=512,
         clean_up_tokenization_spaces=False,
     )
+
+
+def tiny_text_tokenizer() -> PreTrainedTokenizerFast:
+    """Build a fast tokenizer for tiny encoder-decoders: one token per printable ASCII character.
+
+    As T5's it puts `</s>` behind every text, knows no beginning of a text and no chat template, and has the
+    ids 0, 1 and 2 for `<pad>`, `</s>` and `<unk>`.
+    """
+    tokenizer = _of_characters(("<pad>", "</s>", "<unk>"), unknown="<unk>")
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _of_characters(special: tuple[str, ...], *, unknown: str) -> Tokenizer:
+    characters = sorted(string.printable.rstrip("\x0b\x0c"))
+    tokens = [*special, *characters]
+    tokenizer = Tokenizer(
+        BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[], unk_token=unknown)
+    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer

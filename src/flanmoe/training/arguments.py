@@ -11,6 +11,7 @@ from flanmoe.core.config import Config
 from flanmoe.core.errors import ConfigError
 from flanmoe.core.seeds import SeedTree
 from flanmoe.models.freezing import FreezePresets
+from flanmoe.models.precision import ChosenPrecision
 from flanmoe.training.router_losses import RouterLossConfig
 from flanmoe.training.sharding import Sharding
 
@@ -33,7 +34,8 @@ class TuneConfig(Config):
         max_grad_norm: gradients with a larger norm are scaled down to it; 0 turns that off.
         adam_beta1, adam_beta2: decay of AdamW's moments.
         precision: `bfloat16` computes in bfloat16 where autocast does, with float32 weights and
-            optimizer state; `float32` computes everything in float32.
+            optimizer state; `float32` computes everything in float32; `auto` stands for bfloat16 on
+            machines with instructions for it, for float32 elsewhere (`flanmoe.models.precision`).
         router: the router losses; without effect on a dense model.
         freeze: parts of the model that keep their weights, any of `gate`, `experts`, `moe`,
             `non_moe` and `attention` together; see `flanmoe.models.freezing`. FLOPs are counted as
@@ -60,7 +62,7 @@ class TuneConfig(Config):
     max_grad_norm: float = Field(default=1.0, ge=0)
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    precision: ChosenPrecision = "bfloat16"
     router: RouterLossConfig = RouterLossConfig()
     freeze: FreezePresets = ()
     expert_dropout: float | None = Field(default=None, ge=0, lt=1)

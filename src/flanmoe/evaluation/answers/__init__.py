@@ -15,6 +15,8 @@ from flanmoe.evaluation.answers.closing import final_answer as final_answer
 from flanmoe.evaluation.answers.numbers import extract_number as extract_number
 from flanmoe.evaluation.answers.numbers import read_number as read_number
 from flanmoe.evaluation.answers.options import extract_option as extract_option
+from flanmoe.evaluation.answers.same import Graded as Graded
+from flanmoe.evaluation.answers.same import graded_answer as graded_answer
 from flanmoe.evaluation.answers.same import same_answer as same_answer
 from flanmoe.evaluation.answers.spans import extract_span as extract_span
 from flanmoe.evaluation.answers.spans import normalise_span as normalise_span

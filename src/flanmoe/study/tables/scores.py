@@ -110,12 +110,12 @@ def tasks(data: ReportData) -> Section:
 
 
 def _task_row(task: TaskScore) -> tuple[str, ...]:
-    accuracy = task.accuracy
+    loss, accuracy = task.loss, task.accuracy
     chance = accuracy.chance if accuracy else None
     return (
         task.task,
-        exact(task.loss.num_examples),
-        loss_text(task.loss),
+        exact(loss.num_examples) if loss else "",
+        loss_text(loss),
         accuracy_text(accuracy),
         "" if chance is None else percent(chance),
         exact(accuracy.num_examples) if accuracy else "",

@@ -11,8 +11,8 @@ from flanmoe.data.chat import render_chat
 from flanmoe.data.packing import tokenize
 from flanmoe.data.tasks import Task
 from flanmoe.evaluation.averages import task_score
-from flanmoe.evaluation.lm import HeldOutLM, build_lm
-from flanmoe.evaluation.lm_task import HeldOutTask
+from flanmoe.evaluation.lm import DecoderLM, build_lm
+from flanmoe.evaluation.tasks.reference import ReferenceTask
 from flanmoe.testing.tiny_models import tiny_model, tiny_tokenizer
 
 MakeTask = Callable[..., Task]
@@ -21,17 +21,17 @@ TOKENIZER = tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")
-def lm() -> HeldOutLM:
+def lm() -> DecoderLM:
     return build_lm(tiny_model("mixtral"), TOKENIZER, batch_size=4, precision="float32")
 
 
-def _held_out(task: Task, lm: HeldOutLM, *, seen: frozenset[str] = frozenset()) -> HeldOutTask:
-    return HeldOutTask(
+def _held_out(task: Task, lm: DecoderLM, *, seen: frozenset[str] = frozenset()) -> ReferenceTask:
+    return ReferenceTask(
         task, task.examples, tokenizer=TOKENIZER, encode=lm.encode, training_hashes=seen
     )
 
 
-def test_the_prompts_by_hand(task: MakeTask, lm: HeldOutLM) -> None:
+def test_the_prompts_by_hand(task: MakeTask, lm: DecoderLM) -> None:
     rows = [{"question": "Sky?", "choices": ["red", "blue"], "label": 1}]
     (document,) = _held_out(task("sky", rows), lm).test_docs()
     question = "<|im_start|>user\nSky?\n\nOptions:\n(A) red\n(B) blue\n\n"
@@ -44,7 +44,7 @@ def test_the_prompts_by_hand(task: MakeTask, lm: HeldOutLM) -> None:
     assert document.num_tokens == 4
 
 
-def test_the_loss_is_over_the_rendering_of_the_task(task: MakeTask, lm: HeldOutLM) -> None:
+def test_the_loss_is_over_the_rendering_of_the_task(task: MakeTask, lm: DecoderLM) -> None:
     rows = [{"question": "2 + 2?", "answer": "4", "rationale": "Two and two."}]
     (free,) = _held_out(task("sum", rows), lm).test_docs()
     assert len(free.pairs) == 1
@@ -53,7 +53,7 @@ def test_the_loss_is_over_the_rendering_of_the_task(task: MakeTask, lm: HeldOutL
     assert direct.pairs[0][1] == "4<|im_end|>"
 
 
-def test_the_loss_is_what_training_would_see(quiz: MakeTask, lm: HeldOutLM) -> None:
+def test_the_loss_is_what_training_would_see(quiz: MakeTask, lm: DecoderLM) -> None:
     task = quiz("quiz", 5)
     held_out = _held_out(task, lm)
     records = _records(held_out, lm)
@@ -69,7 +69,7 @@ def test_the_loss_is_what_training_would_see(quiz: MakeTask, lm: HeldOutLM) -> N
         assert record.num_tokens == int(tokens.loss_mask.sum())
 
 
-def test_lm_eval_finds_the_same_averages(quiz: MakeTask, task: MakeTask, lm: HeldOutLM) -> None:
+def test_lm_eval_finds_the_same_averages(quiz: MakeTask, task: MakeTask, lm: DecoderLM) -> None:
     mixed = task("free", [{"question": f"{index}?", "answer": f"{index}."} for index in range(4)])
     tasks = {each.name: _held_out(each, lm) for each in (quiz("quiz", 9), mixed)}
     found = evaluate(lm=lm, task_dict={"tasks": tasks, "groups": {}}, bootstrap_iters=0)
@@ -90,7 +90,7 @@ def test_lm_eval_finds_the_same_averages(quiz: MakeTask, task: MakeTask, lm: Hel
     assert "accuracy,none" not in found["results"]["free"]
 
 
-def test_lm_evals_own_limit_and_choice_of_samples_work(quiz: MakeTask, lm: HeldOutLM) -> None:
+def test_lm_evals_own_limit_and_choice_of_samples_work(quiz: MakeTask, lm: DecoderLM) -> None:
     tasks = {"quiz": _held_out(quiz("quiz", 6), lm)}
     wanted = {"tasks": tasks, "groups": {}}
     limited = evaluate(lm=lm, task_dict=wanted, limit=2, bootstrap_iters=0)
@@ -99,7 +99,7 @@ def test_lm_evals_own_limit_and_choice_of_samples_work(quiz: MakeTask, lm: HeldO
     assert [sample["doc"].example.key for sample in picked["samples"]["quiz"]] == ["row-2", "row-5"]
 
 
-def test_the_record_of_one_example(quiz: MakeTask, lm: HeldOutLM) -> None:
+def test_the_record_of_one_example(quiz: MakeTask, lm: DecoderLM) -> None:
     task = quiz("quiz", 2)
     seen = frozenset({task.examples[0].content_hash()})
     held_out = _held_out(task, lm, seen=seen)
@@ -120,7 +120,7 @@ def test_the_record_of_one_example(quiz: MakeTask, lm: HeldOutLM) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_a_likelihood_that_is_no_number_is_an_error(
-    quiz: MakeTask, lm: HeldOutLM, value: float
+    quiz: MakeTask, lm: DecoderLM, value: float
 ) -> None:
     held_out = _held_out(quiz("quiz", 1), lm)
     with pytest.raises(ModelError, match=r"example `row-1` of task `quiz` are \[-1\.0, .*diverged"):
@@ -139,7 +139,7 @@ def test_a_prompt_that_is_cut_is_marked(quiz: MakeTask) -> None:
     assert short.work.real_tokens == 2 * 100
 
 
-def _records(held_out: HeldOutTask, lm: HeldOutLM) -> list:
+def _records(held_out: ReferenceTask, lm: DecoderLM) -> list:
     lm_found = evaluate(
         lm=lm, task_dict={"tasks": {"t": held_out}, "groups": {}}, bootstrap_iters=0
     )
