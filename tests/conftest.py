@@ -36,6 +36,7 @@ if os.environ.get("FLANMOE_CHECK_SHAPES", "1") == "1":
         "flanmoe.training.rows",
         "flanmoe.training.trainer",
         "flanmoe.evaluation.lm",
+        "flanmoe.evaluation.routing",
     ]
     install_import_hook(checked, "beartype.beartype")
 

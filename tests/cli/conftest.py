@@ -22,6 +22,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with experts."""
+    folder = tmp_path_factory.mktemp("models") / "sparse"
+    tiny_model("mixtral", max_position_embeddings=4096).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def object_of(capfd: pytest.CaptureFixture[str]) -> ObjectOf:
     """Runs a command with --json and parses its stdout, which must hold nothing else."""

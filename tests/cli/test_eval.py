@@ -67,6 +67,49 @@ def test_an_evaluation_goes_on_and_ends_the_same(
     assert "but differ in settings" in capfd.readouterr().err
 
 
+def test_routing_is_recorded_beside_the_same_scores(
+    sparse: Path, tmp_path: Path, object_of: ObjectOf
+) -> None:
+    arguments = ["eval", str(sparse), *SMOKE]
+    out = tmp_path / "out"
+    found = object_of([*arguments, "--out", str(out), "--routing"])
+    plain = object_of(arguments)
+    assert found["clusters"] == plain["clusters"]
+    routing = json.loads((out / "routing.json").read_text())
+    assert [row["name"] for row in routing["tasks"]["rows"]] == [
+        task["task"] for task in found["tasks"]
+    ]
+    assert [row["name"] for row in routing["clusters"]["rows"]] == list(found["clusters"])
+    assert routing["not_recorded"] == []
+    # What is written is read again, but for the last token of each answer.
+    read = sum(row["tokens"] for row in routing["tasks"]["rows"])
+    assert found["tokens"] <= read <= found["tokens"] + found["generated_tokens"]
+    for row in routing["tasks"]["rows"]:
+        for layer, top_k in zip(row["layers"], routing["top_k"], strict=True):
+            assert sum(layer["counts"]) == top_k * row["tokens"]
+    assert (out / "routing.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--routing"], "`--out` names no folder"),
+        (["--routing", "--out", "OUT"], "LlamaForCausalLM has no experts"),
+        (["--routing", "--out", "OUT", "--resume"], "must see every request"),
+    ],
+)
+def test_routing_is_refused_where_it_cannot_be_recorded(
+    arguments: list[str],
+    sentence: str,
+    base: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    written = [str(tmp_path / "new") if one == "OUT" else one for one in arguments]
+    assert invoke(["eval", str(base), *SMOKE, *written]) == 2
+    assert sentence in capfd.readouterr().err
+
+
 def test_two_results_of_a_suite_are_compared_by_group(
     base: Path, tmp_path: Path, object_of: ObjectOf, capfd: pytest.CaptureFixture[str]
 ) -> None:

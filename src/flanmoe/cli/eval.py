@@ -63,6 +63,13 @@ ResultDir = Annotated[
     Path | None,
     typer.Option(help="Folder for the result and every example; new, or with --resume."),
 ]
+Routing = Annotated[
+    bool,
+    typer.Option(
+        "--routing",
+        help="Record which experts each task uses, as routing.json and routing.svg in --out.",
+    ),
+]
 Compared = Annotated[
     tuple[Path, Path] | None,
     typer.Option(metavar="A B", help="Compare two result folders of the same questions."),
@@ -83,6 +90,7 @@ def evaluate(
     lm_eval_tasks: OwnTasks = None,
     out: ResultDir = None,
     resume: Resume = False,
+    routing: Routing = False,
     compare: Compared = None,
     as_json: AsJson = False,
 ) -> None:
@@ -93,10 +101,8 @@ def evaluate(
     answers, and letters where there are choices. What will be asked, and how long
     it takes, is printed first. What the data folder lacks is left out by name, and
     averages over it are marked partial. Questions that flanmoe trained the model on
-    are marked and left out of the headline numbers.
-
-    With --out, an evaluation that was stopped goes on with --resume. With --compare,
-    two results are compared question by question.
+    are marked and left out of the headline numbers. With --out, a stopped evaluation
+    goes on with --resume; with --compare, two results are compared by question.
 
     Example: flanmoe eval smollm2-135m-instruct --suite flan --limit 60 --data-dir DATA --out results/before
     """
@@ -127,5 +133,6 @@ def evaluate(
                 data_dir=data_dir,
                 out=out,
                 resume=resume,
+                routing=routing,
             )
         )

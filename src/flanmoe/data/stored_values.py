@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from datetime import date, datetime, timedelta
 from datetime import time as clock_time
 from decimal import Decimal
-from typing import Any
+from typing import Any, cast
 
 
 class NotStorableError(TypeError):
@@ -35,7 +35,7 @@ _TAG = "\x00python"
 
 def encoded(value: Any) -> Any:
     """Return a value as JSON types alone, so that `from_json` gives an equal one."""
-    kind: type = type(value)
+    kind = cast("type[Any]", type(value))
     if kind in _SCALARS:
         return value
     if kind is list:
@@ -56,7 +56,7 @@ def _decoded(value: dict[str, Any]) -> Any:
     if _TAG not in value:
         return value
     name, written = value[_TAG]
-    return _READ_BACK[name](written)
+    return cast(Any, _READ_BACK[name](written))
 
 
 _TAG_TEXT = json.dumps(_TAG)

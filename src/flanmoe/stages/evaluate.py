@@ -12,6 +12,12 @@ from flanmoe.data.tasks import num_rejected
 from flanmoe.evaluation.comparison import compare_files
 from flanmoe.evaluation.lm.journal import JOURNAL_FILE
 from flanmoe.evaluation.results import SuiteResult, write_result
+from flanmoe.evaluation.routing import (
+    FIGURE_FILE,
+    RoutingListener,
+    routing_report,
+    write_routing,
+)
 from flanmoe.evaluation.suites import (
     SuiteConfig,
     evaluate_loaded,
@@ -22,6 +28,7 @@ from flanmoe.evaluation.suites import (
 )
 from flanmoe.evaluation.suites.named import check_suite_name, prompted_suite
 from flanmoe.evaluation.suites.plan import EvaluationPlan
+from flanmoe.evaluation.suites.run import Announce
 from flanmoe.stages.context import StageContext
 from flanmoe.stages.evaluation_tables import (
     average_table,
@@ -85,6 +92,7 @@ def evaluate_reference(
     data_dir: Path | None,
     out: Path | None,
     resume: bool = False,
+    routing: bool = False,
 ) -> dict[str, Any]:
     """Score a model on tasks or a named suite; what `flanmoe eval` does.
 
@@ -100,27 +108,25 @@ def evaluate_reference(
         data_dir: data folder, None where none was named.
         out: folder for the result, None for none.
         resume: go on with what an evaluation that was stopped left in `out`.
+        routing: record which experts each task uses.
 
     Raises:
+        ModelError: if `routing` is asked of a model that is no sparse decoder.
         ConfigError: if no task is named, the suite is not known, or an option has no effect.
         RunError: if `out` already holds files and is not to be gone on with, or holds another evaluation.
     """
-    _check_folder(out, resume=resume)
+    _check_folder(out, resume=resume, routing=routing)
     given = _settings_of(names, suite, split, settings)
     config = SuiteConfig.parse(given, origin="The command line")
     loaded = load_evaluation(config, data_dir=data_dir)
     warn_of_skipped(loaded.skipped)
     warn_of_left_out(loaded.left_out)
     held = HeldModel(reference)
+    listener = RoutingListener(held.model()) if routing else None
     on_cpu = held.model().device.type == "cpu"
     if settings.get("limit") is None and loaded.prompted is not None and on_cpu:
         config = config.model_copy(update={"limit": LIMIT_ON_CPU})
     plans: list[EvaluationPlan] = []
-
-    def announce(plan: EvaluationPlan) -> None:
-        plans.append(plan)
-        show_table(plan_table(plan, on_cpu=on_cpu))
-
     result = evaluate_loaded(
         held.model(),
         held.tokenizer(),
@@ -128,12 +134,12 @@ def evaluate_reference(
         config=config,
         seeds=SeedTree(0).child("evaluate"),
         training_hashes=held.training_hashes(),
-        announce=announce,
+        announce=_announcing(plans, on_cpu=on_cpu),
         journal=None if out is None else out / JOURNAL_FILE,
+        listener=listener,
     )
     _show(reference, result)
-    if out is not None:
-        write_result(result, out)
+    _write(result, listener, out)
     return {"model": reference, **result.to_mapping(), "plan": plans[0].to_mapping()}
 
 
@@ -144,6 +150,14 @@ def compare_folders(first: Path, second: Path) -> dict[str, Any]:
     return comparison.to_mapping()
 
 
+def _announcing(plans: list[EvaluationPlan], *, on_cpu: bool) -> Announce:
+    def announce(plan: EvaluationPlan) -> None:
+        plans.append(plan)
+        show_table(plan_table(plan, on_cpu=on_cpu))
+
+    return announce
+
+
 def _show(reference: str, result: SuiteResult) -> None:
     show_table(score_table(reference, result))
     if result.groups:
@@ -152,7 +166,28 @@ def _show(reference: str, result: SuiteResult) -> None:
         say(note)
 
 
-def _check_folder(out: Path | None, *, resume: bool) -> None:
+def _write(result: SuiteResult, listener: RoutingListener | None, out: Path | None) -> None:
+    if out is None:
+        return
+    if listener is not None:
+        clusters = {score.task: score.cluster for score in result.tasks}
+        path = write_routing(routing_report(listener.counts(), clusters), out)
+        say(
+            f"Which experts each task uses is in {path}, and drawn in {path.with_name(FIGURE_FILE)}."
+        )
+    write_result(result, out)
+
+
+def _check_folder(out: Path | None, *, resume: bool, routing: bool) -> None:
+    if routing and out is None:
+        raise ConfigError(
+            "`--routing` writes files beside the scores, but `--out` names no folder for them. Name one."
+        )
+    if routing and resume:
+        raise ConfigError(
+            "`--routing` must see every request, but with `--resume` those that are finished do not run again. "
+            "Leave one of them out."
+        )
     if resume and out is None:
         raise ConfigError(
             "`--resume` goes on with what an evaluation left in a folder, but `--out` names none. Name it."

@@ -147,6 +147,14 @@ def test_the_models_own_attention_comes_back() -> None:
     assert model.config._attn_implementation == before
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral", "olmoe", "gpt_oss"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_short_types_do_not_stand_in_the_way(name: str, precision: Any, dtype: torch.dtype) -> None:
+    model = model_named(name).to(dtype)
+    assert build_lm(model, tiny_tokenizer(), precision=precision).shares
+
+
 def test_weights_in_bfloat16_stay_near_plain_passes() -> None:
     model = tiny_model("llama").to(torch.bfloat16)
     pairs = list(few_shot(3))

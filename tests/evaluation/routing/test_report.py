@@ -60,6 +60,17 @@ def test_rows_come_in_the_order_of_the_evaluation(counts: Callable[..., RoutingC
     assert report.not_recorded == ("not met",)
 
 
+def test_a_task_whose_texts_are_all_those_of_another_has_no_row(
+    counts: Callable[..., RoutingCounts],
+) -> None:
+    found = counts(["a", "same as a"])
+    for layer in (found.tokens, *found.assignments):
+        layer[1] = 0
+    report = routing_report(found, {"a": "x", "same as a": "x"})
+    assert [row.name for row in report.tasks.rows] == ["a"]
+    assert report.not_recorded == ("same as a",)
+
+
 def test_clusters_pool_the_tokens_of_their_tasks(counts: Callable[..., RoutingCounts]) -> None:
     found = counts(["a", "b", "c"])
     report = routing_report(found, {"a": "x", "b": "y", "c": "x"})

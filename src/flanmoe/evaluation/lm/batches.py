@@ -19,6 +19,8 @@ _STEPS_ON_ACCELERATOR = 256
 # than a larger batch gains.
 _SHORTEST_SHARE = 0.9
 
+_NO_MEMORY = "can't allocate memory"
+
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -98,11 +100,10 @@ def attempt(
     """Run one batch; None where memory ran out, and batches are half as large from then on."""
     try:
         return run(batch)
-    except torch.OutOfMemoryError:
-        pass
     except RuntimeError as error:
-        # What the processor's allocator raises has no class of its own.
-        if "can't allocate memory" not in str(error):
+        # `torch.OutOfMemoryError` of an accelerator; what the processor's allocator raises has no class of its
+        # own.
+        if not isinstance(error, torch.OutOfMemoryError) and _NO_MEMORY not in str(error):
             raise
-    size.halve(len(batch))
-    return None
+        size.halve(len(batch))
+        return None

@@ -63,7 +63,7 @@ class DecoderLM(LanguageModel):
         self._model = model
         self._precision: Precision = precision
         self._forward = Forward(model, precision, listener)
-        self.shares = can_share(self._forward)
+        self.shares = can_share(model)
         size = BatchSize(batch_size, model.device)
         self._size = size
         self._scorer = Scorer(self._forward, size, journal, self.work, sharing=self.shares)

@@ -125,7 +125,8 @@ def routing_report(counts: RoutingCounts, clusters: Mapping[str, str]) -> Routin
             Counted tasks that it lacks come last, each a cluster of its own.
     """
     clusters = {**clusters, **{name: name for name in counts.names if name not in clusters}}
-    counted = [name for name in clusters if name in counts.names]
+    tokens = dict(zip(counts.names, counts.tokens.sum(axis=1), strict=True))
+    counted = [name for name in clusters if tokens.get(name)]
     members: dict[str, list[str]] = {}
     for name in counted:
         members.setdefault(clusters[name], []).append(name)
@@ -137,7 +138,7 @@ def routing_report(counts: RoutingCounts, clusters: Mapping[str, str]) -> Routin
         top_k=counts.top_k,
         tasks=_grouping(counts, {name: [name] for name in counted}),
         clusters=_grouping(counts, members) if grouped else None,
-        not_recorded=tuple(name for name in clusters if name not in counts.names),
+        not_recorded=tuple(name for name in clusters if not tokens.get(name)),
     )
 
 

@@ -16,7 +16,7 @@ from flanmoe.core.seeds import SeedTree
 from flanmoe.data.example import Example
 from flanmoe.data.tasks import Task
 from flanmoe.evaluation.averages import average
-from flanmoe.evaluation.lm import Journal, build_lm, quiet_lm_eval
+from flanmoe.evaluation.lm import Journal, Listener, build_lm, quiet_lm_eval
 from flanmoe.evaluation.lm.work import Work
 from flanmoe.evaluation.model_hash import model_hash
 from flanmoe.evaluation.results import ExampleRecord, SkippedTask, SuiteResult
@@ -110,11 +110,12 @@ def evaluate_loaded(
     training_hashes: frozenset[str] = frozenset(),
     announce: Announce | None = None,
     journal: Path | None = None,
+    listener: Listener | None = None,
 ) -> SuiteResult:
     """Score a model on everything that was loaded; see `evaluate_suite`.
 
     `announce` is told the plan before anything goes through the model. `journal` is a file that keeps finished
-    requests; one that is there already is gone on with.
+    requests; one that is there already is gone on with. `listener` is told whose token each one of a pass is.
 
     Raises:
         DataError: if there is no question.
@@ -139,6 +140,7 @@ def evaluate_loaded(
             batch_size=config.batch_size,
             precision=config.precision,
             journal=finished,
+            listener=listener,
         )
         apart = bool(getattr(model.config, "is_encoder_decoder", False))
         asking = Asking(lm.tokenizer, lm.encode, lm.truncates, most, answers_apart=apart)
