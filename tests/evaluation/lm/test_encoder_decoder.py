@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from tokenizers.processors import TemplateProcessing
 
-from flanmoe.core.errors import DataError, ModelError
+from flanmoe.core.errors import ConfigError, DataError, ModelError
 from flanmoe.core.seeds import SeedTree
 from flanmoe.data.tasks import Task
 from flanmoe.evaluation.lm import DecoderLM, EncoderDecoderLM, build_lm
@@ -216,8 +216,19 @@ def test_experts_are_never_full() -> None:
         lm = build_lm(tight, tiny_text_tokenizer(), batch_size=batch_size)
         found = [one[0] for one in lm.loglikelihood(to_score(PAIRS))]
         assert found == pytest.approx(expected, abs=1e-4)
+    # Asked for, tokens are dropped: texts that are read at once lose what the model itself loses.
+    lm = build_lm(tight, tiny_text_tokenizer(), capacity_drops=True)
+    lossy = [one[0] for one in lm.loglikelihood(to_score(PAIRS))]
+    assert max(abs(a - b) for a, b in zip(expected, lossy, strict=True)) > 0.1
     # The model itself stays as it was.
     assert [likelihood(tight, *pair)[0] for pair in PAIRS] == dropping
+
+
+def test_drops_of_a_model_without_capacity_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match="`capacity_drops` needs experts that take a limited number"
+    ):
+        build_lm(model_named("t5"), tiny_text_tokenizer(), capacity_drops=True)
 
 
 def test_bfloat16_runs_under_autocast_and_scores_in_float32() -> None:

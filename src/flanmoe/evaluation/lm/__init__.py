@@ -2,6 +2,8 @@
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flanmoe.core.errors import ConfigError
+from flanmoe.evaluation.lm.capacity import drops_tokens
 from flanmoe.evaluation.lm.decoder import DecoderLM as DecoderLM
 from flanmoe.evaluation.lm.encoder_decoder import EncoderDecoderLM as EncoderDecoderLM
 from flanmoe.evaluation.lm.harness import quiet_lm_eval as quiet_lm_eval
@@ -23,6 +25,7 @@ def build_lm(
     precision: Precision = "float32",
     journal: Journal | None = None,
     listener: Listener | None = None,
+    capacity_drops: bool = False,
 ) -> LanguageModel:
     """Build the language model that lm-eval evaluates; nothing is loaded or downloaded.
 
@@ -36,7 +39,17 @@ def build_lm(
             type of the weights. The softmax is float32 in either.
         journal: finished requests, to go on where an evaluation was stopped.
         listener: is told whose token each one of a pass is, to record what the model does with it.
+        capacity_drops: let experts drop tokens above their capacity, as in training. Scores then depend on how
+            texts are read.
+
+    Raises:
+        ConfigError: if `capacity_drops` is asked for and no expert has a capacity.
     """
+    if capacity_drops and not drops_tokens(model):
+        raise ConfigError(
+            f"`capacity_drops` needs experts that take a limited number of tokens, but {type(model).__name__} "
+            "drops none. Leave it out."
+        )
     run_routers_outside_autocast(model)
     model.eval()
     build = EncoderDecoderLM if model.config.is_encoder_decoder else DecoderLM
@@ -48,4 +61,5 @@ def build_lm(
         # An empty journal is false.
         journal=Journal() if journal is None else journal,
         listener=listener,
+        capacity_drops=capacity_drops,
     )

@@ -17,11 +17,7 @@ def without_drops(model: nn.Module) -> Generator[None]:
     et al. 2021, arXiv 2101.03961, section 2.2) and drop those above. The tokens of an answer that is read in
     two passes, or written one by one, would be counted differently from those of one that is read at once.
     """
-    routers: list[Any] = [
-        module
-        for module in model.modules()
-        if isinstance(getattr(module, "expert_capacity", None), int)
-    ]
+    routers = _limited(model)
     capacities = [router.expert_capacity for router in routers]
     for router in routers:
         router.expert_capacity = _UNLIMITED
@@ -30,3 +26,16 @@ def without_drops(model: nn.Module) -> Generator[None]:
     finally:
         for router, capacity in zip(routers, capacities, strict=True):
             router.expert_capacity = capacity
+
+
+def drops_tokens(model: nn.Module) -> bool:
+    """Return whether any expert of a model takes a limited number of tokens."""
+    return bool(_limited(model))
+
+
+def _limited(model: nn.Module) -> list[Any]:
+    return [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "expert_capacity", None), int)
+    ]

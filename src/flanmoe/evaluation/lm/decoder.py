@@ -58,9 +58,9 @@ class DecoderLM(LanguageModel):
         precision: Precision,
         journal: Journal,
         listener: Listener | None = None,
+        capacity_drops: bool = False,
     ) -> None:
-        super().__init__(model, tokenizer, listener)
-        self._model = model
+        super().__init__(model, tokenizer, listener, capacity_drops=capacity_drops)
         self._precision: Precision = precision
         self._forward = Forward(model, precision, listener)
         self.shares = can_share(model)
@@ -98,12 +98,13 @@ class DecoderLM(LanguageModel):
         encoded = encode_generations(self.tokenizer, asked, max_length=self._max_length)
         warn_of_settings_without_effect(self._model)
         if not self.shares:
-            return self._written_by_the_harness(requests)
+            with self._with_capacity():
+                return self._written_by_the_harness(requests)
 
         def complain(number: int) -> None:
             raise no_number(requests[number], "logits are no numbers")
 
-        with self._forward.sharing():
+        with self._with_capacity(), self._forward.sharing():
             return self._writer.write(encoded, complain, self._labels(requests))
 
     def encode_all(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
@@ -128,7 +129,7 @@ class DecoderLM(LanguageModel):
             requests: what is scored.
             labels: for each request the number of its task, for a listener.
         """
-        with self._forward.sharing() if self.shares else nullcontext():
+        with self._with_capacity(), self._forward.sharing() if self.shares else nullcontext():
             return self._scorer.score(requests, labels)
 
     def load(self, requests: Sequence[Instance]) -> Load:

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flanmoe.core.errors import ModelError
 from flanmoe.evaluation.lm.batches import BatchSize
-from flanmoe.evaluation.lm.capacity import without_drops
 from flanmoe.evaluation.lm.encoder_decoder_generation import EncoderDecoderWriter
 from flanmoe.evaluation.lm.encoder_decoder_scoring import EncoderDecoderScorer
 from flanmoe.evaluation.lm.encodings import EncoderDecoderPasses
@@ -38,7 +37,7 @@ class EncoderDecoderLM(LanguageModel):
     (`backend="seq2seq"`) but for white space at the end of contexts (`flanmoe.evaluation.lm.questions`). All
     answers that one call asks for to one context share its encoding; between calls nothing is kept, since
     tasks hardly ever have the same context scored and answered. Experts take every token that is routed to
-    them (`flanmoe.evaluation.lm.capacity`).
+    them, unless `capacity_drops` is asked for (`flanmoe.evaluation.lm.capacity`).
 
     Raises:
         ModelError: if the model does not say with which token its decoder starts.
@@ -53,9 +52,9 @@ class EncoderDecoderLM(LanguageModel):
         precision: Precision,
         journal: Journal,
         listener: Listener | None = None,
+        capacity_drops: bool = False,
     ) -> None:
-        super().__init__(model, tokenizer, listener)
-        self._model = model
+        super().__init__(model, tokenizer, listener, capacity_drops=capacity_drops)
         passes = EncoderDecoderPasses(model, precision, listener)
         self._passes = passes
         size = BatchSize(batch_size, model.device)
@@ -104,7 +103,7 @@ class EncoderDecoderLM(LanguageModel):
             raise no_number(requests[number], "logits are no numbers")
 
         warn_of_settings_without_effect(self._model)
-        with without_drops(self._model):
+        with self._with_capacity():
             return self._writer.write(encoded, complain, self._labels(requests))
 
     def encode_all(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
@@ -149,5 +148,5 @@ class EncoderDecoderLM(LanguageModel):
             requests: what is scored.
             labels: for each request the number of its task, for a listener.
         """
-        with without_drops(self._model):
+        with self._with_capacity():
             return self._scorer.score(requests, labels)

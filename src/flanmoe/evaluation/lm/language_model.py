@@ -4,6 +4,7 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 from lm_eval.api.instance import Instance
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flanmoe.core.errors import ModelError
 from flanmoe.data.tokenizer import Tokenizer
+from flanmoe.evaluation.lm.capacity import without_drops
 from flanmoe.evaluation.lm.expectation import Load, expected_seconds
 from flanmoe.evaluation.lm.limits import longest_text
 from flanmoe.evaluation.lm.listening import Listener
@@ -26,6 +28,7 @@ class LanguageModel(LM):
         model: the model.
         tokenizer: its fast tokenizer; it is not changed.
         listener: names tasks by numbers; None where nobody listens.
+        capacity_drops: whether experts drop tokens above their capacity.
 
     Attributes:
         tokenizer: a copy of the model's tokenizer.
@@ -37,8 +40,12 @@ class LanguageModel(LM):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         listener: Listener | None,
+        *,
+        capacity_drops: bool,
     ) -> None:
         super().__init__()
+        self._model = model
+        self._capacity_drops = capacity_drops
         self.tokenizer = cast(Tokenizer, copy.deepcopy(tokenizer))
         self.work = Work()
         self._max_length = longest_text(model.config, tokenizer)
@@ -115,6 +122,10 @@ class LanguageModel(LM):
         """Name of the tokenizer, for lm-eval's caches."""
         name = cast(PreTrainedTokenizerBase, self.tokenizer).name_or_path
         return name.replace("/", "__")
+
+    def _with_capacity(self) -> AbstractContextManager[None]:
+        """Return what is open while requests are answered: without drops, unless they are asked for."""
+        return nullcontext() if self._capacity_drops else without_drops(self._model)
 
     def _labels(self, requests: Sequence[Instance]) -> list[int] | None:
         if self._listener is None:

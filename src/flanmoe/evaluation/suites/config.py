@@ -53,6 +53,7 @@ class SuiteConfig(Config):
         batch_size: most texts in one forward pass; None for as many as fit into memory.
         precision: `float32` computes in the type of the weights, `bfloat16` under autocast; `auto` stands for
             the one that this machine has instructions for.
+        capacity_drops: let experts drop tokens above their capacity, as in training; without it they take all.
         max_new_tokens: most tokens of a chain of thought; None for 128 on a CPU and 512 on an accelerator.
         lm_eval_tasks: folder with lm-eval tasks of your own (YAML), beside those that it ships.
     """
@@ -62,6 +63,7 @@ class SuiteConfig(Config):
     limit: int | None = Field(default=None, ge=1)
     batch_size: int | None = Field(default=8, ge=1)
     precision: ChosenPrecision = "float32"
+    capacity_drops: bool = False
     max_new_tokens: int | None = Field(default=None, ge=1)
     lm_eval_tasks: str | None = None
 

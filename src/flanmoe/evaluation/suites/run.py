@@ -139,6 +139,7 @@ def evaluate_loaded(
             tokenizer,
             batch_size=config.batch_size,
             precision=config.precision,
+            capacity_drops=config.capacity_drops,
             journal=finished,
             listener=listener,
         )
