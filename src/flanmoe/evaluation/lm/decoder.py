@@ -132,15 +132,13 @@ class DecoderLM(LanguageModel):
         with self._with_capacity(), self._forward.sharing() if self.shares else nullcontext():
             return self._scorer.score(requests, labels)
 
-    def load(self, requests: Sequence[Instance]) -> Load:
-        """Return what requests for likelihoods and answers make the model compute."""
-        pairs: list[Any] = [one.args for one in requests if one.request_type == "loglikelihood"]
-        asked: list[Any] = [one.args for one in requests if one.request_type == "generate_until"]
-        scored = plan_scoring(self.encode_all(pairs), sharing=self.shares)
+    def load_of(self, scored: Sequence[Encoded], asked: Sequence[Any]) -> Load:
+        """Return what encoded requests and contexts to answer make the model compute."""
+        planned = plan_scoring(scored, sharing=self.shares)
         load = self._writer.load(
             encode_generations(self.tokenizer, asked, max_length=self._max_length)
         )
-        return replace(load, tokens=load.tokens + scored.num_tokens)
+        return replace(load, tokens=load.tokens + planned.num_tokens)
 
     def try_out(self, rows: int, length: int) -> None:
         """Make one pass over arbitrary tokens, to see how long it takes."""

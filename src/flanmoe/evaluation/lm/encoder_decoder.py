@@ -110,11 +110,8 @@ class EncoderDecoderLM(LanguageModel):
         """Tokenise contexts and their continuations, each by itself."""
         return encode_pairs_apart(self.tokenizer, pairs, max_length=self._max_length)
 
-    def load(self, requests: Sequence[Instance]) -> Load:
-        """Return what requests for likelihoods and answers make the model compute."""
-        pairs: list[Any] = [one.args for one in requests if one.request_type == "loglikelihood"]
-        asked: list[Any] = [one.args for one in requests if one.request_type == "generate_until"]
-        scored = self.encode_all(pairs)
+    def load_of(self, scored: Sequence[Encoded], asked: Sequence[Any]) -> Load:
+        """Return what encoded requests and contexts to answer make the model compute."""
         tokens = sum(one.num_scored for one in scored) + sum(
             len(context) for context in {one.context for one in scored}
         )

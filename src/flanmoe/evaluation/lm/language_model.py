@@ -71,8 +71,14 @@ class LanguageModel(LM):
         """Return whether a context is cut on its left when the model is to write so many tokens."""
 
     @abstractmethod
+    def load_of(self, scored: Sequence[Encoded], asked: Sequence[Any]) -> Load:
+        """Return what encoded requests and contexts to answer make the model compute."""
+
     def load(self, requests: Sequence[Instance]) -> Load:
         """Return what requests for likelihoods and answers make the model compute."""
+        pairs: list[Any] = [one.args for one in requests if one.request_type == "loglikelihood"]
+        asked = [one.args for one in requests if one.request_type == "generate_until"]
+        return self.load_of(self.encode_all(pairs), asked)
 
     @abstractmethod
     def try_out(self, rows: int, length: int) -> None:
