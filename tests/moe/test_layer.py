@@ -17,6 +17,7 @@ from flanmoe.moe.block import MoEBlock
 from flanmoe.moe.layer import Experts, ExpertsConfig, SparseFFN
 from flanmoe.moe.losses import balance_loss, z_loss
 from flanmoe.moe.recorder import RoutingRecorder
+from flanmoe.moe.replay import RoutingReplay
 from flanmoe.moe.routers import (
     CapacityConfig,
     ExpertChoiceConfig,
@@ -131,7 +132,7 @@ def test_float32_gradients_are_those_of_float64(kind: str) -> None:
     leaves, single_leaves = list(exact.parameters()), list(single.parameters())
     expected = torch.autograd.grad(exact(hidden).square().sum(), leaves)
     assert all(gradient.abs().max() > 1e-3 for gradient in expected)
-    output = single(hidden.float(), forced=routing.forced)
+    output = single(hidden.float(), replay=RoutingReplay(routing.forced))
     found = torch.autograd.grad(output.square().sum(), single_leaves)
     for ours, theirs in zip(found, expected, strict=True):
         scale = theirs.abs().max().item()
@@ -200,7 +201,7 @@ def test_forced_experts_are_computed() -> None:
             p[token, expert] / total * expert_written_out(block, expert, hidden[token])
             for expert in (first, second)
         )
-        found = block(hidden, forced=forced)[token]
+        found = block(hidden, replay=RoutingReplay(forced))[token]
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 

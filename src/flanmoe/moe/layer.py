@@ -23,8 +23,8 @@ from flanmoe.moe.experts import (
     hidden_dropout,
     set_hidden_dropout,
 )
+from flanmoe.moe.replay import RoutingReplay
 from flanmoe.moe.routers.base import Router
-from flanmoe.moe.routing import ForcedRouting
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -137,7 +137,7 @@ class SparseFFN(nn.Module):
         *,
         valid: Bool[Tensor, "*B"] | None = None,
         segments: Int[Tensor, "*B"] | None = None,
-        forced: ForcedRouting | None = None,
+        replay: RoutingReplay | None = None,
     ) -> Float[Tensor, "*B H"]:
         """Return what the chosen experts make of each token.
 
@@ -146,14 +146,14 @@ class SparseFFN(nn.Module):
             valid: False where a token is padding; it takes no place and gets zeros.
             segments: the number of each token's example, different for different rows; without it
                 every row, along the last axis but one, is an example.
-            forced: experts to use whatever the scores say.
+            replay: what remembers the decision, where this pass may be computed again.
         """
         tokens = hidden.reshape(-1, hidden.shape[-1])
-        routing = self.router(
+        routing = (replay or RoutingReplay()).route(
+            self.router,
             tokens,
             valid=None if valid is None else valid.flatten(),
             segments=_rows(hidden) if segments is None else segments.flatten(),
-            forced=forced,
         )
         return self.experts(tokens, *routing.slots()).view_as(hidden)
 

@@ -85,8 +85,9 @@ class TokenChoiceRouter(Router):
     def route(self, scored: Scored) -> Routing:
         """Choose, ask, and keep what fits."""
         expert_ids = best(scored.probabilities, self.top_k)
-        probabilities = scored.probabilities.gather(1, expert_ids)
-        asked = self.asked(probabilities.detach()) & scored.valid.unsqueeze(1)
+        # Detached first: what a checkpointed layer saves must be the same in `replay`.
+        probabilities = scored.probabilities.detach().gather(1, expert_ids)
+        asked = self.asked(probabilities) & scored.valid.unsqueeze(1)
         choices = Choices(expert_ids, asked)
         return self._routing(scored, choices, self._kept(scored, choices))
 
