@@ -333,10 +333,11 @@ def test_renormalised_gates_are_told_from_plain_ones(kind: str, normalised: bool
     assert block_of(kind).norm_top_k == normalised
 
 
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("kind", ["switch", "gshard", "top_k"])
-def test_the_contract_of_blocks_holds(kind: str) -> None:
-    check_counts(block_of(kind))
-    check_experts_read_back(block_of(kind))
+def test_the_contract_of_blocks_holds(kind: str, gated: bool) -> None:
+    check_counts(block_of(kind, gated=gated))
+    check_experts_read_back(block_of(kind, gated=gated))
 
 
 def test_an_expert_reads_as_its_matrices_and_not_as_a_view() -> None:
@@ -387,11 +388,13 @@ def test_what_cannot_be_written_or_read_is_refused() -> None:
     )
     with pytest.raises(ModelError, match=r"\(3,\)\] were given"):
         block.write_expert(0, dataclasses.replace(weights, gate_bias=torch.ones(WIDTH)))
-    with pytest.raises(ModelError) as caught:
-        block_of("top_k", gated=False).read_expert(0)
-    assert str(caught.value) == (
-        "Experts are read as a gate, an up and a down matrix, but those of ffn have no gate matrix."
-    )
+    without_gate = dataclasses.replace(weights, gate=None)
+    with pytest.raises(
+        ModelError, match=r"\[\(3, 5\), \(3, 5\), \(5, 3\)\], but \[\(3, 5\), \(5, 3\)\]"
+    ):
+        block.write_expert(0, without_gate)
+    with pytest.raises(ModelError, match=r"\[\(3, 5\), \(5, 3\)\], but \[\(3, 5\), \(3, 5\), "):
+        block_of("top_k", gated=False).write_expert(0, weights)
 
 
 def test_the_recorder_sees_what_the_routers_decided() -> None:

@@ -1,5 +1,6 @@
 """`FlanMoeT5Config`: what a T5 is told, and which of its FFNs are sparse and how they route."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -41,6 +42,7 @@ class FlanMoeT5Config(PreTrainedConfig):
         expert_dropout: dropout on an expert's intermediate units; None for `dropout_rate`, as in T5X.
         extra_dense_ffn: whether every sparse layer has a dense FFN after it, with a norm and a residual
             connection of its own (ST-MoE, arXiv 2202.08906).
+        extra_ffn_width: intermediate units of that FFN; None for `d_ff`.
         feed_forward_proj: `relu` (T5) or `gated-gelu` (T5.1.1); of experts too. Any of relu, silu, gelu, gelu_new,
             with or without `gated-` before it.
         tied_head: whether the head is the embedding table. (transformers' `tie_word_embeddings` is always true: it is
@@ -80,6 +82,7 @@ class FlanMoeT5Config(PreTrainedConfig):
     expert_width: int | None = None
     expert_dropout: float | int | None = None
     extra_dense_ffn: bool = False
+    extra_ffn_width: int | None = None
     scale_decoder_outputs: bool = False
     tied_head: bool = False
     tie_word_embeddings: bool = True
@@ -95,11 +98,18 @@ class FlanMoeT5Config(PreTrainedConfig):
         if self.num_decoder_layers is None:
             self.num_decoder_layers = self.num_layers
         self.tie_word_embeddings = True
-        # Read by transformers' T5 modules.
-        kind, _, name = self.feed_forward_proj.rpartition("-")
-        self.is_gated_act = kind == "gated"
-        self.dense_act_fn = "gelu_new" if self.feed_forward_proj == "gated-gelu" else name
         super().__post_init__(**kwargs)
+
+    @property
+    def is_gated_act(self) -> bool:
+        """Whether FFNs are gated; read by transformers' T5 modules."""
+        return self.feed_forward_proj.startswith("gated-")
+
+    @property
+    def dense_act_fn(self) -> str:
+        """Name of the activation, as transformers' T5 modules read it."""
+        name = self.feed_forward_proj.rpartition("-")[2]
+        return "gelu_new" if self.feed_forward_proj == "gated-gelu" else name
 
     def validate_architecture(self) -> None:
         """Check what the fields say together.
@@ -119,6 +129,11 @@ class FlanMoeT5Config(PreTrainedConfig):
             )
         for side in SIDES:
             self._check_side(side)
+        if self.extra_ffn_width is not None and not self.extra_dense_ffn:
+            raise ConfigError(
+                f"`extra_ffn_width` only has an effect with `extra_dense_ffn`, but is {self.extra_ffn_width} without "
+                "it. Set that, or leave it out."
+            )
         if self.extra_dense_ffn and not any(self.sparse_layers(side) for side in SIDES):
             raise ConfigError(
                 "`extra_dense_ffn` puts an FFN beside each sparse layer, but no layer is sparse. Name a router or leave "
@@ -175,11 +190,8 @@ class FlanMoeT5Config(PreTrainedConfig):
 
     def of_side(self, side: Side) -> "FlanMoeT5Config":
         """Return what transformers' T5 modules of one side read."""
-        values = self.to_dict() | {
-            "is_decoder": side == "decoder",
-            "num_layers": self.layers(side),
-            "use_cache": self.use_cache and side == "decoder",
-        }
-        config = FlanMoeT5Config.from_dict(values)
-        config._attn_implementation = self._attn_implementation  # pyright: ignore[reportPrivateUsage]
+        config = copy.deepcopy(self)
+        config.is_decoder = side == "decoder"
+        config.num_layers = self.layers(side)
+        config.use_cache = self.use_cache and side == "decoder"
         return config

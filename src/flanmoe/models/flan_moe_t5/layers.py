@@ -1,5 +1,6 @@
 """The layers of FlanMoeT5: an FFN that is dense or sparse, and the block around it."""
 
+import copy
 from typing import Any
 
 from jaxtyping import Bool, Float, Int
@@ -50,6 +51,12 @@ class SparseLayerFF(nn.Module):
         return hidden + self.dropout(outputs)
 
 
+def _extra_ffn(config: FlanMoeT5Config) -> T5LayerFF:
+    own = copy.copy(config)
+    own.d_ff = config.extra_ffn_width or config.d_ff
+    return T5LayerFF(own)
+
+
 class FlanMoeT5Block(GradientCheckpointingLayer):
     """Self-attention, in the decoder cross-attention, and an FFN. Names of weights are those of T5.
 
@@ -69,7 +76,7 @@ class FlanMoeT5Block(GradientCheckpointingLayer):
             self.layer.append(T5LayerCrossAttention(config, layer_idx=layer))
         self.layer.append(SparseLayerFF(config, side) if self.is_sparse else T5LayerFF(config))
         if self.is_sparse and config.extra_dense_ffn:
-            self.layer.append(T5LayerFF(config))
+            self.layer.append(_extra_ffn(config))
 
     def forward(
         self,
