@@ -10,11 +10,11 @@ initialised T5 of 120 million parameters. Prints one JSON object: medians, media
 seconds over flanmoe's), goals, the largest difference of log-likelihoods, and what share of questions is
 answered differently.
 
-With `--flips` it measures agreement instead of speed, for weights in bfloat16: the share of answers, and of
-experts chosen for the questions' tokens, that differ between lm-eval at batch sizes 1 and 8, and between
-flanmoe and lm-eval at 8. Where the processor has no instructions for bfloat16 (its library then multiplies at
-a small fraction of float32's speed), the products are computed in float32 from the bfloat16 numbers and
-rounded once, as matrix units do (`RoundedProducts`); `products` in the result says which it was.
+With `--flips` it measures agreement instead of speed: the share of answers, and of experts chosen for the
+questions' tokens, that differ between lm-eval at batch sizes 1 and 8, and between flanmoe and lm-eval at 8.
+Where the processor has no instructions for bfloat16 (its library then multiplies at a small fraction of
+float32's speed), the products are computed in float32 from the bfloat16 numbers and rounded once, as matrix
+units do (`RoundedProducts`); `products` in the result says which it was.
 """
 
 import argparse
@@ -196,11 +196,7 @@ def measure(
     ratios = [b / a for a, b in zip(seconds["flanmoe"], seconds["lm-eval"], strict=True)]
     found = {name: answers(one, requests) for name, one in results.items()}
     differences = (
-        {
-            "largest_difference_of_log_likelihoods": max(
-                abs(a[0] - b[0]) for a, b in zip(*results.values(), strict=True)
-            )
-        }
+        {"largest_difference_of_log_likelihoods": furthest(*results.values())}
         if kind == "loglikelihood"
         else {"equal_texts": share(results["flanmoe"], results["lm-eval"])}
     )
@@ -235,11 +231,16 @@ def share(first: Sequence[Any], second: Sequence[Any]) -> float:
     return sum(a == b for a, b in zip(first, second, strict=True)) / len(first)
 
 
+def furthest(first: Results, second: Results) -> float:
+    """Return the largest difference between two log-likelihoods of one text."""
+    return max(abs(a[0] - b[0]) for a, b in zip(first, second, strict=True))
+
+
 class Routes:
     """Records which experts the last tokens of each question's prompt go to, as a `Listener` too.
 
     Args:
-        model: a sparse decoder.
+        model: a decoder; of a dense one nothing is recorded.
         prompts: token ids that each question's pass ends with.
     """
 
@@ -256,6 +257,9 @@ class Routes:
     @contextmanager
     def listening(self, labels: torch.Tensor) -> Iterator[None]:
         """See `flanmoe.evaluation.lm.listening`."""
+        if not self._recorder.blocks:
+            yield
+            return
         with self._recorder.recording(valid=(labels >= 0).reshape(-1)) as layers:
             yield
         flat = labels.reshape(-1)
@@ -295,31 +299,30 @@ def harness_routes(
             return call(inputs, **options)
 
     lm._model_call = recorded
-    return lm.loglikelihood(requests, disable_tqdm=True), routes
+    with torch.no_grad():
+        return lm.loglikelihood(requests, disable_tqdm=True), routes
 
 
 def flips(model: PreTrainedModel, tokenizer: Any, requests: Requests) -> dict[str, Any]:
     """Return the shares of answers and routes that change, for the harness itself and for flanmoe."""
-    results: dict[str, list[int]] = {}
+    results: dict[str, Results] = {}
     routes: dict[str, Routes] = {}
     for batch_size in (1, 8):
         name = f"lm-eval, batch {batch_size}"
-        found, routes[name] = harness_routes(model, tokenizer, requests, batch_size)
-        results[name] = choices(found)
+        results[name], routes[name] = harness_routes(model, tokenizer, requests, batch_size)
     listener = Routes(model, 16)
     labelled = [
         Instance(one.request_type, {}, one.args, one.idx, (str(one.doc_id), one.doc_id, 1))
         for one in requests
     ]
-    results["flanmoe"] = choices(
-        build_lm(model, tokenizer, listener=listener).loglikelihood(labelled)
-    )
+    results["flanmoe"] = build_lm(model, tokenizer, listener=listener).loglikelihood(labelled)
     routes["flanmoe"] = listener
     pairs = (("lm-eval, batch 1", "lm-eval, batch 8"), ("flanmoe", "lm-eval, batch 8"))
     sparse = bool(moe_blocks(model))
     return {
         f"{first} against {second}": {
-            "answers_flipped": 1 - share(results[first], results[second]),
+            "answers_flipped": 1 - share(choices(results[first]), choices(results[second])),
+            "largest_difference_of_log_likelihoods": furthest(results[first], results[second]),
             **({"routes_flipped": 1 - routes[first].agreement(routes[second])} if sparse else {}),
         }
         for first, second in pairs

@@ -58,11 +58,15 @@ def test_an_evaluation_goes_on_and_ends_the_same(
     assert invoke(arguments) == 2
     said = capfd.readouterr().err
     assert "go on with the evaluation that is in it with `--resume`" in said
+    finished = [json.loads(line) for line in (out / "requests.jsonl").read_text().splitlines()]
+    seconds = [row["spent"]["seconds"] for row in finished if "spent" in row]
     again = object_of([*arguments, "--resume"])
     assert again["normalised_average"] == first["normalised_average"]
     assert again["clusters"] == first["clusters"]
     assert (out / "examples.jsonl").read_text() == examples
-    assert again["tokens"] < first["tokens"]
+    # Nothing was left to compute, and what the first leg cost is kept.
+    assert again["tokens"] == first["tokens"]
+    assert seconds[-1] < again["seconds"]
     assert invoke([*arguments, "--resume", "--limit", "5"]) == 2
     assert "but differ in settings" in capfd.readouterr().err
 
@@ -96,9 +100,10 @@ def test_routing_is_recorded_beside_the_same_scores(
         (["--routing"], "`--out` names no folder"),
         (["--routing", "--out", "OUT"], "LlamaForCausalLM has no experts"),
         (["--routing", "--out", "OUT", "--resume"], "must see every request"),
+        (["--capacity-drops"], "needs experts that take a limited number of tokens, but Llama"),
     ],
 )
-def test_routing_is_refused_where_it_cannot_be_recorded(
+def test_what_a_dense_model_cannot_do_is_refused(
     arguments: list[str],
     sentence: str,
     base: Path,

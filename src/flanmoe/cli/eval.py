@@ -70,6 +70,13 @@ Routing = Annotated[
         help="Record which experts each task uses, as routing.json and routing.svg in --out.",
     ),
 ]
+CapacityDrops = Annotated[
+    bool,
+    typer.Option(
+        "--capacity-drops",
+        help="Let experts drop tokens above their capacity, as in training; scores then depend on the batch.",
+    ),
+]
 Compared = Annotated[
     tuple[Path, Path] | None,
     typer.Option(metavar="A B", help="Compare two result folders of the same questions."),
@@ -91,6 +98,7 @@ def evaluate(
     out: ResultDir = None,
     resume: Resume = False,
     routing: Routing = False,
+    capacity_drops: CapacityDrops = False,
     compare: Compared = None,
     as_json: AsJson = False,
 ) -> None:
@@ -121,6 +129,7 @@ def evaluate(
             "max_new_tokens": max_new_tokens,
             "batch_size": batch_size,
             "precision": precision,
+            "capacity_drops": capacity_drops,
             "lm_eval_tasks": None if lm_eval_tasks is None else str(lm_eval_tasks),
         }
         emit(

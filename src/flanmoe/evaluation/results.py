@@ -219,7 +219,8 @@ class SuiteResult(Config):
         harness: for tasks of lm-eval every metric as lm-eval aggregates it.
         only_seen: True where the model has seen every example of the suite.
         num_examples, num_seen, num_truncated: totals over the tasks.
-        seconds: wall-clock seconds of the scoring.
+        seconds: wall-clock seconds of the scoring; of one that was stopped and gone on with, those of all legs
+            up to their last finished batch, and likewise for tokens.
         tokens: tokens that went through the model, padding left out.
         padding_tokens: padding that went through the model.
         shared_tokens: tokens that did not have to, because another request had the same beginning.

@@ -1,15 +1,14 @@
 """Running a study: every arm with every seed, stage after stage, resumable at every one.
 
 A stage that finished has a `result.json` whose fingerprint covers its own configuration and that of all
-stages before it. On `--resume` such stages are not run again.
+stages before it. On `--resume` such stages are not run again, and what arms have in common runs once
+(`shared_stages`).
 """
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-from flanmoe.core.cache import fingerprint
 from flanmoe.core.config import Config, read_yaml
 from flanmoe.core.console import say
 from flanmoe.core.memory import peak_memory_bytes, reset_peak_memory
@@ -33,6 +32,7 @@ from flanmoe.stages.tune import run_tune
 from flanmoe.stages.upcycle import run_upcycle
 from flanmoe.study.executor import RESULT_FILE, Executor, Job, require_one_process, run_jobs
 from flanmoe.study.machine import hardware
+from flanmoe.study.shared_stages import fingerprints, forget_intermediate_models, take_over
 from flanmoe.study.study import Study
 from flanmoe.training.checkpoints import remove_checkpoints
 
@@ -69,15 +69,18 @@ def run_arm(job: Job) -> None:
     # Shared by all seeds too: their mean is over the luck of training, on the same questions.
     questions = SeedTree(study.seeds[0])
     held = HeldModel(recipe.model)
-    finished = fingerprint({"model": recipe.model, "seed": job.seed})
     results: list[dict[str, Any]] = []
-    for number, stage in enumerate(recipe.stages):
+    for number, (stage, finished) in enumerate(
+        zip(recipe.stages, fingerprints(recipe), strict=True)
+    ):
         run = folder.child(f"{number:02d}-{stage.label}")
-        finished = fingerprint([finished, stage.to_mapping()])
         context = StageContext(run, seeds, questions, job.data_dir)
+        if run.has(RESULT_FILE):
+            say(f"  {stage.label}: finished before")
+        elif arm := take_over(job, finished, run):
+            say(f"  {stage.label}: taken over from arm {arm}")
         held, result = _run_or_skip(stage, held, context, finished)
         results.append(result)
-    _forget_intermediate_models(folder, results)
     result = {
         "seconds": time.monotonic() - start,
         "hardware": hardware().to_mapping(),
@@ -85,6 +88,7 @@ def run_arm(job: Job) -> None:
         "stages": results,
     }
     folder.write_json(RESULT_FILE, result)
+    forget_intermediate_models(study, job)
 
 
 def _size(held: HeldModel, *, context_length: int) -> dict[str, Any]:
@@ -102,7 +106,6 @@ def _run_or_skip(
     if context.run.has(RESULT_FILE):
         result = context.run.read_json(RESULT_FILE)
         if result["fingerprint"] == finished:
-            say(f"  {stage.label}: finished before")
             remove_checkpoints(context.run.path)
             return (HeldModel(result["model"]) if result["changed_model"] else held), result
     say(f"  {stage.label}")
@@ -134,13 +137,3 @@ def _run_stage(stage: Stage, held: HeldModel, context: StageContext) -> tuple[He
             return run_tune(stage, held, context)
         case EvaluateStage():
             return held, run_evaluate(stage, held, context)
-
-
-def _forget_intermediate_models(folder: RunDir, results: list[dict[str, Any]]) -> None:
-    """Remove the models that a later stage of the finished arm replaced; the last one stays."""
-    changed = [result for result in results if result["changed_model"]]
-    for result in changed[:-1]:
-        model = Path(result["model"])
-        if model.is_relative_to(folder.path):
-            shutil.rmtree(model, ignore_errors=True)
-            say(f"  removed the intermediate model of `{result['label']}`; the last one is kept")

@@ -346,7 +346,8 @@ def test_an_evaluation_that_was_stopped_ends_with_the_same_numbers(
     resumed = _evaluate(data, journal=journal)
     assert resumed.examples == whole.examples
     assert resumed.normalised_average == whole.normalised_average
-    assert resumed.tokens < whole.tokens
+    # What the stopped leg had finished is not computed again, and counts; a prefix is read again.
+    assert whole.tokens <= resumed.tokens < 1.5 * whole.tokens
 
 
 def test_another_model_does_not_go_on(data: Path, tmp_path: Path) -> None:

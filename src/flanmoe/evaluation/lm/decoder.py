@@ -8,10 +8,8 @@ with nothing but a log line.
 import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any, cast, final
 
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -35,6 +33,8 @@ from flanmoe.evaluation.lm.requests import (
     encode_pairs,
 )
 from flanmoe.evaluation.lm.scoring import Scorer, plan_scoring
+from flanmoe.evaluation.lm.token_tree import mean_before
+from flanmoe.evaluation.lm.trial import Trial
 
 # The decorator that registers HFLM with lm-eval hides the type of its constructor.
 _HARNESS_MODEL: Any = HFLM
@@ -66,6 +66,7 @@ class DecoderLM(LanguageModel):
         self.shares = can_share(model)
         size = BatchSize(batch_size, model.device)
         self._size = size
+        self._trial = Trial(self._forward, sharing=self.shares)
         self._scorer = Scorer(self._forward, size, journal, self.work, sharing=self.shares)
         self._writer = Writer(
             self._forward,
@@ -138,15 +139,11 @@ class DecoderLM(LanguageModel):
         load = self._writer.load(
             encode_generations(self.tokenizer, asked, max_length=self._max_length)
         )
-        return replace(load, tokens=load.tokens + planned.num_tokens)
+        return load + Load(planned.num_tokens, before=mean_before(planned.groups))
 
-    def try_out(self, rows: int, length: int) -> None:
-        """Make one pass over arbitrary tokens, to see how long it takes."""
-        device = self._model.device
-        tokens = torch.arange(rows * length, device=device).view(rows, length)
-        tokens %= self._forward.vocabulary_size
-        first = torch.zeros(1, dtype=torch.long, device=device)
-        self._forward.logits(tokens, None, (first, first), None)
+    def try_out(self, rows: int, length: int, before: int) -> None:
+        """Make one pass over arbitrary tokens behind others, to see how long it takes."""
+        self._trial.run(rows, length, before)
 
     def _with_context(self, context: str, continuation: str) -> tuple[str, str]:
         # As in lm-eval: what begins a text is scored after the token that stands before texts.

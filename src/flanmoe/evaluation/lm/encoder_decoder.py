@@ -122,10 +122,14 @@ class EncoderDecoderLM(LanguageModel):
         most = [contexts[context] for context in sorted(contexts, key=lambda one: -len(one))]
         rows = self._size.writing()
         steps = sum(max(most[start : start + rows]) for start in range(0, len(most), rows))
-        return Load(tokens + sum(map(len, contexts)), steps, min(rows, len(most)))
+        tokens += sum(map(len, contexts))
+        return Load(tokens, steps=steps, rows=min(rows, len(most)))
 
-    def try_out(self, rows: int, length: int) -> None:
-        """Make one pass over arbitrary tokens, to see how long it takes: of the decoder for one token a row."""
+    def try_out(self, rows: int, length: int, before: int) -> None:
+        """Make one pass over arbitrary tokens, to see how long it takes: of the decoder for one token a row.
+
+        Nothing is kept before a row of the encoder, so `before` is 0.
+        """
         contexts = [tuple(range(length))] * rows
         encoded = self._passes.encode(contexts, None)
         if length == 1:

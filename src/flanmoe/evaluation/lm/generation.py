@@ -20,7 +20,15 @@ from flanmoe.evaluation.lm.requests import Generation
 from flanmoe.evaluation.lm.rows import TextLabels, row_batch
 from flanmoe.evaluation.lm.shared_attention import KeysValues, RowsView, StepView, Stored
 from flanmoe.evaluation.lm.stopping import Answers
-from flanmoe.evaluation.lm.token_tree import Group, Prefix, Row, Text, num_computed, plan
+from flanmoe.evaluation.lm.token_tree import (
+    Group,
+    Prefix,
+    Row,
+    Text,
+    mean_before,
+    num_computed,
+    plan,
+)
 from flanmoe.evaluation.lm.work import Work
 from flanmoe.evaluation.lm.written_rows import WrittenRows
 
@@ -99,7 +107,13 @@ class Writer:
             steps += max(asked[item.request].max_new_tokens for item in left[:number])
             rows = max(rows, number)
             left = left[number:]
-        return Load(num_computed(groups), steps, rows)
+        return Load(
+            tokens=num_computed(groups),
+            before=mean_before(groups),
+            steps=steps,
+            context=sum(len(one.tokens) for one in asked) / max(len(asked), 1),
+            rows=rows,
+        )
 
     def _write(self, asked: Sequence[Generation], complain: Complain) -> list[str]:
         groups = plan_writing(asked)

@@ -1,17 +1,19 @@
 """Finished requests on disk, so that an evaluation that was stopped goes on where it was.
 
-One line a request. Batches are formed as if nothing had been finished, and one whose requests are all
-in the journal is not run again; so the numbers are those of a run that was never stopped, to the last
-bit.
+One line a request, and after each batch what this leg of the evaluation has spent so far. Batches are formed
+as if nothing had been finished, and one whose requests are all in the journal is not run again; so the numbers
+are those of a run that was never stopped, to the last bit.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from flanmoe.core.errors import RunError
+from flanmoe.evaluation.lm.work import Spent
 
 JOURNAL_FILE = "requests.jsonl"
 
@@ -24,6 +26,9 @@ class Journal:
         identity: what the answers depend on beside the request (model, precision, ...), as plain JSON
             types.
 
+    Attributes:
+        spent_before: what earlier legs of the evaluation had spent when their last batches were finished.
+
     Raises:
         RunError: if the file belongs to something else, or cannot be read.
     """
@@ -31,6 +36,8 @@ class Journal:
     def __init__(self, path: Path | None = None, *, identity: dict[str, Any] | None = None) -> None:
         self._answers: dict[str, Any] = {}
         self._file: Any = None
+        self._spent: Callable[[], Spent] | None = None
+        self.spent_before = Spent()
         if path is None:
             return
         identity = {} if identity is None else identity
@@ -39,8 +46,7 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         begun = path.exists() and path.stat().st_size > 0
         self._file = path.open("a", encoding="utf-8")
-        if not begun:
-            self._write({"identity": identity})
+        self._write({"leg": True} if begun else {"identity": identity})
 
     def __enter__(self) -> "Journal":
         return self
@@ -57,6 +63,10 @@ class Journal:
     def __len__(self) -> int:
         return len(self._answers)
 
+    def account(self, spent: Callable[[], Spent]) -> None:
+        """Write down after each batch what `spent` says this leg has spent."""
+        self._spent = spent
+
     def known(self, keys: Iterable[str]) -> list[Any] | None:
         """Return the answers to all of these requests, None where one of them is missing."""
         found = [self._answers.get(key) for key in keys]
@@ -68,8 +78,8 @@ class Journal:
             self._answers[key] = answer
             if self._file is not None:
                 self._write({"key": key, "answer": answer})
-        if self._file is not None:
-            self._file.flush()
+        if self._file is not None and self._spent is not None:
+            self._write({"spent": asdict(self._spent())})
 
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -85,7 +95,10 @@ class Journal:
         try:
             records = [json.loads(line) for line in whole[:end].splitlines()]
             found = records[0]["identity"] if records else identity
-            self._answers = {record["key"]: record["answer"] for record in records[1:]}
+            for record in records[1:]:
+                if "key" in record:
+                    self._answers[record["key"]] = record["answer"]
+            self.spent_before = _sum_of_legs(records[1:])
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(
                 f"The finished requests in {path} must be one JSON object a line, but cannot be read: "
@@ -100,6 +113,17 @@ class Journal:
                 f"The finished requests in {path} must belong to the same evaluation, but differ in "
                 f"{', '.join(different)}. Name another folder, or evaluate as before."
             )
+
+
+def _sum_of_legs(records: Iterable[dict[str, Any]]) -> Spent:
+    """Return what all legs spent; each says after every batch what it has spent so far."""
+    total = leg = Spent()
+    for record in records:
+        if "spent" in record:
+            leg = Spent(**record["spent"])
+        elif "leg" in record:
+            total, leg = total + leg, Spent()
+    return total + leg
 
 
 def request_key(kind: str, *parts: Any) -> str:

@@ -81,8 +81,13 @@ class LanguageModel(LM):
         return self.load_of(self.encode_all(pairs), asked)
 
     @abstractmethod
-    def try_out(self, rows: int, length: int) -> None:
-        """Make one pass over arbitrary tokens, to see how long it takes."""
+    def try_out(self, rows: int, length: int, before: int) -> None:
+        """Make one pass over arbitrary tokens, to see how long it takes.
+
+        Args:
+            rows, length: shape of the pass; length 1 is a step of writing.
+            before: tokens before each row that are kept and not read again.
+        """
 
     def expected_seconds(self, requests: Sequence[Instance]) -> float:
         """Return about how long requests of both kinds will take, at most; tries a few passes."""

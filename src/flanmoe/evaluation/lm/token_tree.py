@@ -167,6 +167,17 @@ def num_computed(groups: Sequence[Group]) -> int:
     return rows + sum(prefixes.values())
 
 
+def mean_before(groups: Sequence[Group]) -> float:
+    """Return how many tokens of a prefix stand before a token of a row, on average; 0 without rows."""
+    lengths = [
+        (group.prefix.length if group.prefix else 0, len(row.tokens))
+        for group in groups
+        for row in group.rows
+    ]
+    num_tokens = sum(own for _, own in lengths)
+    return sum(before * own for before, own in lengths) / max(num_tokens, 1)
+
+
 class _Planner:
     def __init__(self, branching: bool) -> None:
         self._branching = branching

@@ -17,7 +17,7 @@ from flanmoe.data.example import Example
 from flanmoe.data.tasks import Task
 from flanmoe.evaluation.averages import average
 from flanmoe.evaluation.lm import Journal, Listener, build_lm, quiet_lm_eval
-from flanmoe.evaluation.lm.work import Work
+from flanmoe.evaluation.lm.work import Spent
 from flanmoe.evaluation.model_hash import model_hash
 from flanmoe.evaluation.results import ExampleRecord, SkippedTask, SuiteResult
 from flanmoe.evaluation.suites.choice import Chosen, choose
@@ -143,35 +143,40 @@ def evaluate_loaded(
             journal=finished,
             listener=listener,
         )
+
+        def spent() -> Spent:
+            return Spent.of(lm.work, time.monotonic() - start)
+
+        finished.account(spent)
         apart = bool(getattr(model.config, "is_encoder_decoder", False))
         asking = Asking(lm.tokenizer, lm.encode, lm.truncates, most, answers_apart=apart)
         built = _built(chosen, asking, training_hashes)
         if announce is not None:
             announce(_plan(loaded, chosen, built, lm, limit=config.limit, most=most))
         records, metrics = _answered(lm, loaded, chosen, built)
-        seconds = time.monotonic() - start
+        cost = finished.spent_before + spent()
     return SuiteResult(
         **_averaged(loaded, records),
-        **_totals(records, lm.work),
+        **_totals(records, cost),
+        shared_tokens=lm.work.shared_tokens,
         harness=metrics,
         skipped=loaded.skipped,
         left_out=loaded.left_out,
-        seconds=seconds,
         examples=tuple(records),
         **identity,
     )
 
 
-def _totals(records: Sequence[ExampleRecord], work: Work) -> dict[str, int]:
-    """Return the fields of a result that count examples and tokens."""
+def _totals(records: Sequence[ExampleRecord], cost: Spent) -> dict[str, Any]:
+    """Return the fields of a result that count examples, and what they cost."""
     return {
         "num_examples": len(records),
         "num_seen": sum(record.seen for record in records),
         "num_truncated": sum(record.truncated for record in records),
-        "tokens": work.real_tokens,
-        "padding_tokens": work.padding_tokens,
-        "shared_tokens": work.shared_tokens,
-        "generated_tokens": work.generated_tokens,
+        "seconds": cost.seconds,
+        "tokens": cost.real_tokens,
+        "padding_tokens": cost.padding_tokens,
+        "generated_tokens": cost.generated_tokens,
     }
 
 
