@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import flanmoe.data.row_forms as forms_module
 import flanmoe.data.store as store_module
 import flanmoe.data.stream as stream_module
 from flanmoe.core.errors import DataError, RunError
@@ -255,7 +256,7 @@ def test_a_window_is_tokenised_in_one_call(
         calls.append(len(rendered))
         return tokenize_all(rendered, given)
 
-    monkeypatch.setattr(stream_module, "tokenize_all", counting)
+    monkeypatch.setattr(forms_module, "tokenize_all", counting)
     stream = stream_of(data_dir, tokenizer, window=20, token_cache=False)
     texts(stream, 15)
     assert calls == [20] * len(calls)

@@ -1,17 +1,22 @@
 """`MoEBlock` views of native models: the contract, counts, layouts, and what cannot be read."""
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import NemotronHConfig
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from flanmoe.core.errors import ModelError
 from flanmoe.models.blocks import moe_blocks, require_moe_blocks
 from flanmoe.models.meta import meta_model
 from flanmoe.moe.block import ExpertWeights, MoEBlock
-from flanmoe.testing.contracts import check_moe_blocks
+from flanmoe.moe.layer import Experts, ExpertsConfig, SparseFFN
+from flanmoe.moe.routers import SwitchConfig
+from flanmoe.testing.contracts import check_counts, check_experts_read_back, check_moe_blocks
 from flanmoe.testing.tiny_models import DENSE_NAMES, SPARSE_NAMES, tiny_model
 
 # layers, experts, top_k, hidden size, expert width, renormalised
@@ -79,6 +84,62 @@ def test_what_is_read_computes_what_the_experts_module_computes(name: str) -> No
 def _gpt_oss_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
     return (up + 1) * gate * torch.sigmoid(gate * 1.702)
+
+
+class _Router(nn.Module):
+    """Dropless top-1 over four experts, as native routers return it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 6))
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = F.linear(hidden, self.weight)
+        gates, ids = logits.softmax(dim=-1).topk(1)
+        return logits, gates, ids
+
+
+def _ungated(kind: str) -> tuple[MoEBlock, Callable[[torch.Tensor, int], torch.Tensor]]:
+    """Four ungated experts of width 3 on 6 channels, and what their own module computes with one."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if kind == "ours":
+            config = ExpertsConfig(num_experts=4, expert_width=3, activation="relu", gated=False)
+            router = SwitchConfig(num_experts=4).build(hidden_size=6)
+            model: nn.Module = nn.Sequential(SparseFFN(router, Experts(config, 6)))
+            experts = model[0].experts
+        else:
+            config = NemotronHConfig(
+                hidden_size=6, moe_intermediate_size=3, n_routed_experts=4, mlp_hidden_act="relu"
+            )
+            experts = NemotronHExperts(config)
+            for parameter in experts.parameters():
+                nn.init.normal_(parameter)
+            model = nn.Sequential(_Block(_Router(), experts))
+        (block,) = moe_blocks(model.double())
+
+    def compute(hidden: torch.Tensor, index: int) -> torch.Tensor:
+        chosen = torch.full((len(hidden), 1), index)
+        return experts(hidden, chosen, hidden.new_ones(len(hidden), 1))
+
+    return block, compute
+
+
+@pytest.mark.parametrize("kind", ["ours", "transformers"])
+def test_experts_without_a_gate_are_read_and_written(kind: str) -> None:
+    block, compute = _ungated(kind)
+    check_counts(block)
+    check_experts_read_back(block)
+    hidden = torch.randn(5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    before = [compute(hidden, index) for index in range(4)]
+    for index in range(4):
+        weights = block.read_expert(index)
+        assert weights.gate is None
+        expected = F.linear(F.linear(hidden, weights.up).relu(), weights.down)
+        torch.testing.assert_close(before[index], expected)
+    block.write_expert(3, block.read_expert(1))
+    assert torch.equal(compute(hidden, 3), before[1])
+    assert not torch.equal(before[3], before[1])
 
 
 def test_reading_gives_copies() -> None:

@@ -6,10 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, T5Config, T5EncoderModel
+from transformers import (
+    BartConfig,
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedConfig,
+    SwitchTransformersConfig,
+    T5Config,
+    T5EncoderModel,
+)
 
 from flanmoe.core.errors import ModelError
 from flanmoe.models.experts_interface import EXPERTS_IMPLEMENTATION
+from flanmoe.models.flan_moe_t5 import FlanMoeT5Config
 from flanmoe.models.loading import (
     load_config,
     load_model,
@@ -81,7 +90,9 @@ def test_an_encoder_decoder_without_a_weight_is_refused(tmp_path: Path) -> None:
 
 
 def test_half_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
-    T5EncoderModel(tiny_model("t5").config).save_pretrained(tmp_path)
+    config = tiny_model("t5").config
+    assert isinstance(config, T5Config)
+    T5EncoderModel(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"is T5EncoderModel\."):
         load_model(str(tmp_path))
 
@@ -164,20 +175,42 @@ def test_the_embedded_name_misspelt() -> None:
 @pytest.mark.parametrize(
     ("config", "found"),
     [
-        (T5Config(architectures=["T5ForConditionalGeneration"]), "T5ForConditionalGeneration"),
-        (T5Config(), "a model of type `t5`"),
+        (T5Config(architectures=["T5EncoderModel"]), "T5EncoderModel"),
+        (
+            BartConfig(architectures=["BartForSequenceClassification"]),
+            "BartForSequenceClassification",
+        ),
         (BertConfig(architectures=["BertForMaskedLM"]), "BertForMaskedLM"),
         (BertConfig(), "a model of type `bert`"),
     ],
 )
-def test_models_that_are_not_causal(config, found: str, tmp_path: Path) -> None:
+def test_models_that_do_not_write(config, found: str, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     with pytest.raises(ModelError) as caught:
         load_config(str(tmp_path))
     assert str(caught.value) == (
-        f"flanmoe works with causal language models, but {tmp_path} is {found}. Choose a "
-        "decoder-only model (Llama, Mistral, Qwen, Mixtral, OLMoE, ...)."
+        "flanmoe works with causal language models and with encoder-decoders that write text, but "
+        f"{tmp_path} is {found}. Choose a decoder-only model (Llama, Mistral, Qwen, Mixtral, OLMoE, ...) or an "
+        "encoder-decoder (T5, Switch, BART, ...)."
     )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        T5Config(),
+        T5Config(architectures=["T5ForConditionalGeneration"]),
+        SwitchTransformersConfig(architectures=["SwitchTransformersForConditionalGeneration"]),
+        FlanMoeT5Config(architectures=["FlanMoeT5ForConditionalGeneration"]),
+    ],
+)
+def test_the_configuration_of_an_encoder_decoder_is_read(
+    config: PreTrainedConfig, tmp_path: Path
+) -> None:
+    config.save_pretrained(tmp_path)
+    found = load_config(str(tmp_path))
+    assert type(found) is type(config)
+    assert found.is_encoder_decoder
 
 
 def test_a_real_encoder_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:

@@ -13,12 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from flanmoe.core.seeds import SeedTree
-from flanmoe.models.memory import (
-    RUNTIME_BYTES,
-    Precision,
-    estimate_memory,
-    saved_bytes_per_token,
-)
+from flanmoe.models.activations import saved_bytes_per_token
+from flanmoe.models.memory import RUNTIME_BYTES, estimate_memory
+from flanmoe.models.precision import Precision
 from flanmoe.models.upcycle import UpcycleConfig, upcycle
 from flanmoe.testing.tiny_models import tiny_model
 

@@ -1,11 +1,20 @@
 """Parameter counts against hand formulas; a configuration counts as its model."""
 
+from fractions import Fraction
+
 import pytest
 
 from flanmoe.models.blocks import moe_blocks
+from flanmoe.models.expert_visits import visits_per_token
+from flanmoe.models.flan_moe_t5 import FlanMoeT5Config
 from flanmoe.models.meta import meta_model
 from flanmoe.models.plan import ParameterCount, count_parameters
-from flanmoe.testing.tiny_models import DENSE_NAMES, SPARSE_NAMES, tiny_model
+from flanmoe.testing.tiny_models import (
+    DENSE_NAMES,
+    ENCODER_DECODER_NAMES,
+    SPARSE_NAMES,
+    tiny_model,
+)
 
 _EMBEDDING = 128 * 32
 _ATTENTION = 32 * 32 + 2 * 32 * 16 + 32 * 32
@@ -61,7 +70,7 @@ def test_gpt_oss_expert_biases_follow_their_experts() -> None:
     assert found.total - found.active == 2 * 6 * expert
 
 
-@pytest.mark.parametrize("name", DENSE_NAMES + SPARSE_NAMES)
+@pytest.mark.parametrize("name", DENSE_NAMES + SPARSE_NAMES + ENCODER_DECODER_NAMES)
 def test_a_configuration_counts_as_its_model(name: str) -> None:
     model = tiny_model(name)
     found = count_parameters(model)
@@ -75,3 +84,54 @@ def test_frozen_parameters_are_not_trainable() -> None:
         block.experts.requires_grad_(False)
     found = count_parameters(model)
     assert found.total - found.trainable == 2 * 8 * 3 * 32 * 64
+
+
+def _t5(**options) -> FlanMoeT5Config:
+    shape = {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4}
+    return FlanMoeT5Config(**{**shape, "num_layers": 2, **options})
+
+
+# Each router with the experts that a token visits on average.
+_VISITS = [
+    ({"kind": "top_k", "num_experts": 8, "top_k": 3}, Fraction(3)),
+    ({"kind": "switch", "num_experts": 8}, Fraction(1)),
+    ({"kind": "gshard", "num_experts": 8}, Fraction(2)),
+    ({"kind": "st_moe", "num_experts": 8}, Fraction(2)),
+    ({"kind": "expert_choice", "num_experts": 8}, Fraction(2)),
+    ({"kind": "expert_choice", "num_experts": 8, "capacity_factor": 1.1}, Fraction(11, 10)),
+    ({"kind": "expert_choice", "num_experts": 8, "capacity_factor": 99.0}, Fraction(8)),
+]
+
+
+@pytest.mark.parametrize(("router", "visits"), _VISITS)
+def test_a_sparse_t5_by_hand(router: dict, visits: Fraction) -> None:
+    attention = 4 * 32 * 32 + 32
+    expert = 3 * 32 * 64
+    dense = expert + 32
+    head, biases, norms = _EMBEDDING, 2 * 32 * 4, 2 * 32
+    outside = _EMBEDDING + head + 6 * attention + 3 * dense + 8 * 32 + 32 + biases + norms
+    config = _t5(encoder_router=router)
+    found = count_parameters(config)
+    assert found.total == found.trainable == outside + 8 * expert
+    assert found.active == outside + round(visits * expert)
+    (block,) = moe_blocks(meta_model(config))
+    assert visits_per_token(block) == visits
+
+
+def test_an_extra_dense_ffn_is_active() -> None:
+    router = {"kind": "st_moe", "num_experts": 8}
+    plain = count_parameters(_t5(decoder_router=router))
+    extra = count_parameters(_t5(decoder_router=router, extra_dense_ffn=True))
+    assert extra.active - plain.active == extra.total - plain.total == 3 * 32 * 64 + 32
+
+
+def test_transformers_switch_counts_as_ours() -> None:
+    ours = _t5(
+        encoder_router={"kind": "switch", "num_experts": 8},
+        decoder_router={"kind": "switch", "num_experts": 8},
+        feed_forward_proj="relu",
+        tied_head=True,
+    )
+    found = count_parameters(ours)
+    assert found == _count("switch_transformers")
+    assert found.total - found.active == 2 * 7 * 2 * 32 * 64

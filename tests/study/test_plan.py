@@ -9,6 +9,7 @@ import pytest
 from flanmoe.core.errors import ConfigError
 from flanmoe.models.flops import count_flops
 from flanmoe.models.loading import load_config
+from flanmoe.models.plan import count_parameters
 from flanmoe.study.machine import Machine
 from flanmoe.study.plan import ArmPlan, plan_study
 from flanmoe.study.study import study_from_mapping
@@ -101,3 +102,28 @@ def test_a_recipe_is_not_sharded(models: dict[str, Path], sums_file: Path) -> No
     with pytest.raises(ConfigError) as caught:
         plan(models["llama"], sums_file, sharding="fsdp")
     assert "`train.sharding` must be `none` in a recipe" in str(caught.value)
+
+
+def test_a_t5_is_planned_with_its_routers(saved: Callable[..., Path]) -> None:
+    router = {"kind": "top_k", "num_experts": 8}
+    arms = {
+        "decoder": {"decoder_router": router},
+        "both": {"encoder_router": router, "decoder_router": router, "extra_dense_ffn": True},
+    }
+    values = {
+        "name": "planned",
+        "model": str(saved("t5")),
+        "arms": {
+            name: {"stages": [{"stage": "upcycle_t5", **settings}]}
+            for name, settings in arms.items()
+        },
+    }
+    plans = plan_study(study_from_mapping(values), None).arms
+    dense = count_parameters(load_config(values["model"])).total
+    # Gated FFNs of 32 channels and 64 units in one of two layers a side; a router has a row an expert.
+    ffn = 3 * 32 * 64
+    sparse = 7 * ffn + 8 * 32
+    assert plans["decoder"].parameters.total == dense + sparse
+    assert plans["both"].parameters.total == dense + 2 * (sparse + ffn + 32)
+    assert plans["both"].disk_bytes == 4 * plans["both"].parameters.total
+    assert plans["both"].stages == ("upcycle",)

@@ -74,7 +74,8 @@ def test_a_file_with_stages_is_a_study_of_one_arm() -> None:
         ),
         (
             "defaults.tuen.train.steps=1",
-            "defaults.tuen: unknown key `tuen`. Did you mean `tune`? Known: `upcycle`, `tune`, `evaluate`.",
+            "defaults.tuen: unknown key `tuen`. Did you mean `tune`? Known: `pretrain`, `upcycle`, "
+            "`upcycle_t5`, `tune`, `evaluate`.",
         ),
         ("profiles.smoke.seeds=[1]", "unknown key `profiles`."),
         ("arms.sparse.stages.0.num_experts=0", "arms.sparse.stages.0.upcycle.num_experts"),

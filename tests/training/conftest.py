@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from flanmoe.core.seeds import SeedTree
-from flanmoe.data.example import Packed
+from flanmoe.data.example import Packed, PackedPair
 from flanmoe.data.packing import TokenizedExample, pack
+from flanmoe.models.flan_moe_t5 import FlanMoeT5Config, FlanMoeT5ForConditionalGeneration
 from flanmoe.training.arguments import TuneConfig, training_arguments
 from flanmoe.training.rows import FixedRows
 from flanmoe.training.trainer import SparseTrainer
@@ -70,6 +71,96 @@ def packed_rows() -> Callable[..., list[Packed]]:
     return rows
 
 
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+def packed_pair(pairs: Sequence[Pair], *, input_length: int, target_length: int) -> PackedPair:
+    """One row of pairs of an input and a target, written out position by position."""
+    columns: dict[str, list[int]] = {name: [] for name in ("in", "in_s", "out", "out_s", "labels")}
+    for number, (inputs, target) in enumerate(pairs, start=1):
+        columns["in"] += inputs.tolist()
+        columns["in_s"] += [number] * len(inputs)
+        columns["out"] += [0, *target.tolist()[:-1]]
+        columns["out_s"] += [number] * len(target)
+        columns["labels"] += target.tolist()
+
+    def filled(name: str, length: int, value: int) -> np.ndarray:
+        missing = length - len(columns[name])
+        assert missing >= 0
+        return np.array(columns[name] + [value] * missing)
+
+    return PackedPair(
+        input_ids=filled("in", input_length, 0),
+        segment_ids=filled("in_s", input_length, 0),
+        decoder_input_ids=filled("out", target_length, 0),
+        decoder_segment_ids=filled("out_s", target_length, 0),
+        labels=filled("labels", target_length, -100),
+        tasks=("random",) * len(pairs),
+    )
+
+
+@pytest.fixture(scope="session")
+def pairs_in_rows() -> Callable[..., list[list[Pair]]]:
+    """For each row one to three pairs of random tokens, of very different lengths on the two sides."""
+
+    def drawn(number: int, *, most: int = 3, seed: int = 0) -> list[list[Pair]]:
+        rng = np.random.default_rng(seed)
+        return [
+            [
+                (rng.integers(3, 64, rng.integers(3, 8)), rng.integers(3, 64, rng.integers(1, 5)))
+                for _ in range(rng.integers(1, most + 1))
+            ]
+            for _ in range(number)
+        ]
+
+    return drawn
+
+
+@pytest.fixture(scope="session")
+def pair_rows() -> Callable[..., list[PackedPair]]:
+    """Rows of pairs, with padding on both sides."""
+
+    def rows(
+        rows_of_pairs: Sequence[Sequence[Pair]], *, input_length: int = 24, target_length: int = 14
+    ) -> list[PackedPair]:
+        return [
+            packed_pair(pairs, input_length=input_length, target_length=target_length)
+            for pairs in rows_of_pairs
+        ]
+
+    return rows
+
+
+EXPERT_CHOICE = {"kind": "expert_choice", "num_experts": 4, "capacity_factor": 1.0, "init_std": 0.5}
+TOP_TWO = {"kind": "top_k", "num_experts": 4, "top_k": 2, "init_std": 0.5}
+
+
+@pytest.fixture(scope="session")
+def tiny_t5() -> Callable[..., FlanMoeT5ForConditionalGeneration]:
+    """A FlanMoeT5 without dropout: experts choose in the encoder, tokens in the decoder."""
+
+    def build(*, seed: int = 0, **settings: Any) -> FlanMoeT5ForConditionalGeneration:
+        values = {
+            "vocab_size": 64,
+            "d_model": 16,
+            "d_kv": 4,
+            "d_ff": 24,
+            "num_layers": 2,
+            "num_heads": 4,
+            "dropout_rate": 0.0,
+            "encoder_sparse_every": 1,
+            "decoder_sparse_every": 1,
+            "encoder_router": EXPERT_CHOICE,
+            "decoder_router": TOP_TWO,
+            **settings,
+        }
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
+            return FlanMoeT5ForConditionalGeneration(FlanMoeT5Config(**values))
+
+    return build
+
+
 class _KeepGradients(TrainerCallback):
     def __init__(self) -> None:
         self.steps: Gradients = []
@@ -83,7 +174,9 @@ class _KeepGradients(TrainerCallback):
 def gradients_of(tmp_path: Path) -> Callable[..., Gradients]:
     """Train and return the gradients of each step, before the optimizer sees them."""
 
-    def run(model: PreTrainedModel, rows: Sequence[Packed], **settings: Any) -> Gradients:
+    def run(
+        model: PreTrainedModel, rows: Sequence[Packed | PackedPair], **settings: Any
+    ) -> Gradients:
         values = {"precision": "float32", "max_grad_norm": 0.0, "steps": 1, **settings}
         config = TuneConfig.parse(values)
         trainer = SparseTrainer(

@@ -31,7 +31,22 @@ def arguments(folder: Path, **values: Any) -> TrainingArguments:
         ),
         ({"steps": 0}, "steps: Input should be greater than or equal to 1, but is 0."),
         ({"learning_rate": 0}, "learning_rate: Input should be greater than 0, but is 0."),
-        ({"schedule": "step"}, "schedule: Input should be 'constant', 'linear' or 'cosine'"),
+        (
+            {"schedule": "step"},
+            "schedule: Input should be 'constant', 'linear', 'cosine' or 'inverse_sqrt'",
+        ),
+        (
+            {"schedule": "inverse_sqrt"},
+            "schedule: must not be `inverse_sqrt` with `warmup_steps: 0`; the learning rate falls "
+            "with the steps as multiples of the warm-up, so set `warmup_steps`",
+        ),
+        ({"optimizer": "sgd"}, "optimizer: Input should be 'adamw' or 'adafactor', but is 'sgd'."),
+        (
+            {"optimizer": "adafactor", "sharding": "fsdp"},
+            "sharding: must be `none` with `optimizer: adafactor`, but is `fsdp`; its statistics are "
+            "taken over whole weights",
+        ),
+        ({"target_length": 0}, "target_length: Input should be greater than or equal to 1"),
         ({"precision": "float16"}, "precision: Input should be 'bfloat16' or 'float32'"),
         ({"router": {"scope": "all"}}, "router.scope: Input should be 'sequence', 'global'"),
         ({"router": {"z_coefficient": -1}}, "router.z_coefficient: Input should be greater than"),
@@ -100,6 +115,7 @@ def test_seed_varies_the_draws_of_the_trainer_alone(tmp_path: Path) -> None:
         ("constant", [0.5, 1.0, 1.0, 1.0, 1.0]),
         ("linear", [0.5, 1.0, 0.75, 0.5, 0.25]),
         ("cosine", [0.5, 1.0, 0.853553, 0.5, 0.146447]),
+        ("inverse_sqrt", [0.5, 1.0, (2 / 3) ** 0.5, 0.5**0.5, 0.4**0.5]),
     ],
 )
 def test_learning_rates(schedule: str, expected: list[float], tmp_path: Path) -> None:

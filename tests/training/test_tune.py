@@ -41,6 +41,10 @@ def test_result_of_a_sparse_model(tmp_path: Path, packed_rows: Rows) -> None:
     assert [sum(counts) for counts in load.counts] == [2 * sum(real)] * 2
     assert [sum(shares) for shares in load.shares] == pytest.approx([1.0, 1.0])
     assert load.max_over_mean[0] == pytest.approx(8 * max(load.shares[0]))
+    assert load.names == ("model.layers.0.mlp", "model.layers.1.mlp")
+    # Native decoders have no capacity.
+    assert result.drops is not None
+    assert result.drops.dropped_share == result.drops.unserved_share == (0.0, 0.0)
     assert result.router_losses
     assert result.router_settings == {
         "balance_coefficient": 0.01,
@@ -58,6 +62,7 @@ def test_result_of_a_sparse_model(tmp_path: Path, packed_rows: Rows) -> None:
 def test_result_of_a_dense_model(tmp_path: Path, packed_rows: Rows) -> None:
     result = run(tiny_model("llama"), packed_rows(8), tmp_path)
     assert result.expert_load is None
+    assert result.drops is None
     assert not result.router_losses
     assert result.router_settings == {}
     assert result.router_last == {}
@@ -170,7 +175,7 @@ def test_one_example_a_row_trains_what_leaks(
     def unasked(model: PreTrainedModel) -> None:
         raise AssertionError("Rows of one example need no check.")
 
-    monkeypatch.setattr("flanmoe.training.trainer.require_packing_without_leak", unasked)
+    monkeypatch.setattr("flanmoe.training.model_checks.require_packing_without_leak", unasked)
     rows = packed_rows(4, most_in_a_row=1)
     values = {"steps": 10, "learning_rate": 3e-3, "schedule": "constant"}
     result = run(tiny_model("gpt_oss"), rows, tmp_path, **values)

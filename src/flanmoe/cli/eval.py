@@ -105,12 +105,12 @@ def evaluate(
     """Score a model with standard errors, or compare two results.
 
     --suite flan asks few-shot questions as the papers do: the likeliest letter
-    counts, or what the model writes is read. --task scores the loss on reference
-    answers, and letters where there are choices. What will be asked, and how long
-    it takes, is printed first. What the data folder lacks is left out by name, and
-    averages over it are marked partial. Questions that flanmoe trained the model on
-    are marked and left out of the headline numbers. With --out, a stopped evaluation
-    goes on with --resume; with --compare, two results are compared by question.
+    counts, or what is written. --task scores the loss on reference answers, and
+    letters where there are choices. What is asked, and its time, is printed first.
+    What the data folder lacks is left out by name, and averages over it are marked
+    partial. Questions that flanmoe trained the model on are marked and left out of
+    the headline numbers. With --out, a stopped evaluation goes on with --resume;
+    with --compare, two results are compared by question.
 
     Example: flanmoe eval smollm2-135m-instruct --suite flan --limit 60 --data-dir DATA --out results/before
     """

@@ -17,6 +17,7 @@ from typer import rich_utils
 from flanmoe.cli.chat import chat
 from flanmoe.cli.data import data_app
 from flanmoe.cli.eval import evaluate
+from flanmoe.cli.export import export
 from flanmoe.cli.inspect import inspect
 from flanmoe.cli.output import Refusal
 from flanmoe.cli.plan import plan
@@ -44,6 +45,7 @@ app.command()(quickstart)
 app.command()(run)
 app.command()(plan)
 app.command()(upcycle)
+app.command()(export)
 app.command(name="eval")(evaluate)
 app.command()(inspect)
 app.command()(report)

@@ -9,7 +9,7 @@ from flanmoe.core.names import listing
 from flanmoe.core.seeds import SeedTree
 from flanmoe.data.example import Example, Rendered
 from flanmoe.data.renderers.base import Occasion, Renderer
-from flanmoe.data.tokenizer import Tokenizer
+from flanmoe.data.tokenizer import Tokenizer, num_tokens
 
 # Some templates write today's date into the system turn. A run that is resumed tomorrow must see
 # the same text, so the date is fixed.
@@ -56,7 +56,7 @@ def render_chat(
     """
     occasion = Occasion(
         seeds=fixed_seeds(task, example.key) if seeds is None else seeds,
-        count_tokens=lambda text: _num_tokens(tokenizer, text),
+        count_tokens=lambda text: num_tokens(tokenizer, text),
     )
     user, answer = renderer(example, occasion)
     asked = [*example.history, ("user", user)]
@@ -94,10 +94,6 @@ def chat_prompt(text: str, tokenizer: Tokenizer, *, task: str) -> str:
             "The chat template of the tokenizer must take a single turn of the user, but refuses that of "
             f"task `{task}`: {str(error).rstrip('.')}. Use a tokenizer whose template takes it."
         ) from error
-
-
-def _num_tokens(tokenizer: Tokenizer, text: str) -> int:
-    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _templated(

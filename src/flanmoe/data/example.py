@@ -1,8 +1,8 @@
-"""The records that flow through the data package: `Example`, `Rendered`, `Packed`.
+"""The records that flow through the data package: `Example`, `Rendered`, `Packed`, `PackedPair`.
 
 An `Example` is one supervised item as its data set gives it. Rendering turns it into text whose
 prompt and response are kept apart (`Rendered`). Tokenised and put side by side in rows of one
-length it is `Packed`.
+length it is `Packed`, for a decoder, or `PackedPair`, for an encoder-decoder.
 """
 
 import hashlib
@@ -117,6 +117,58 @@ class Packed:
     def num_loss_tokens(self) -> int:
         """Tokens whose prediction enters the loss; never the first of a row."""
         return int((self.labels[1:] != -100).sum())
+
+    @property
+    def segment_sizes(self) -> tuple[int, ...]:
+        """Tokens of padding, then of each example in order."""
+        return _sizes(self.segment_ids, len(self.tasks))
+
+
+@dataclass(frozen=True, slots=True)
+class PackedPair:
+    """One row of tokens for an encoder-decoder. M positions of the encoder, L of the decoder.
+
+    Example k of the row is what carries segment k on both sides. There are no position ids: the models
+    that read such rows know positions as distances between tokens only.
+
+    Attributes:
+        input_ids: what the encoder reads.
+        segment_ids: of the encoder's positions: 0 for padding, else the number of the example.
+        decoder_input_ids: what the decoder is given: of each example a start token, then its target
+            without the last token.
+        decoder_segment_ids: of the decoder's positions, as `segment_ids`.
+        labels: aligned: the token that the decoder is to predict at this very position, -100 where
+            nothing enters the loss.
+        tasks: task name of each example in the row, in order of their segments.
+    """
+
+    input_ids: Int[np.ndarray, " M"]
+    segment_ids: Int[np.ndarray, " M"]
+    decoder_input_ids: Int[np.ndarray, " L"]
+    decoder_segment_ids: Int[np.ndarray, " L"]
+    labels: Int[np.ndarray, " L"]
+    tasks: tuple[str, ...]
+
+    @property
+    def num_real_tokens(self) -> int:
+        """Tokens of encoder and decoder that belong to an example."""
+        return int((self.segment_ids != 0).sum() + (self.decoder_segment_ids != 0).sum())
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Tokens whose prediction enters the loss."""
+        return int((self.labels != -100).sum())
+
+    @property
+    def segment_sizes(self) -> tuple[int, ...]:
+        """Tokens of padding, then of each example in order; those of both sides together."""
+        sides = (self.segment_ids, self.decoder_segment_ids)
+        inputs, targets = (_sizes(side, len(self.tasks)) for side in sides)
+        return tuple(map(sum, zip(inputs, targets, strict=True)))
+
+
+def _sizes(segment_ids: Int[np.ndarray, " N"], num_examples: int) -> tuple[int, ...]:
+    return tuple(np.bincount(segment_ids, minlength=num_examples + 1).tolist())
 
 
 def _folded(text: str) -> str:

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from flanmoe.core.config import Config
 from flanmoe.core.errors import DataError
-from flanmoe.data.example import Packed, Rendered
+from flanmoe.data.example import Packed, PackedPair, Rendered
 from flanmoe.data.tokenizer import Tokenizer
 
 IGNORED_LABEL = -100
@@ -29,18 +29,22 @@ class PackingConfig(Config):
     """How token sequences become rows.
 
     Attributes:
-        length: tokens in a row.
+        length: tokens in a row; for an encoder-decoder those of the encoder's side.
+        target_length: tokens of the decoder's side of an encoder-decoder's row. None for decoders, whose
+            rows have one side.
         window: how many draws are packed together. More of them leave less padding; fewer keep the
             order of the draws.
         on_too_long: what happens to an example with more tokens than a row: `drop` and count it,
             `truncate` its end and count it (dropped where nothing of the response would be left),
-            or stop with an `error`.
+            or stop with an `error`. Of an encoder-decoder's pair each side is cut to its own length.
         examples_per_row: how many examples may share a row; None for as many as fit. With 1 nothing
             is packed, which every decoder can be trained with and which leaves much padding.
         token_cache: keep the tokens of every text in the cache folder; see `flanmoe.data.token_cache`.
+            Of decoders only: pairs of texts are tokenised each time.
     """
 
     length: int = Field(default=1024, ge=2)
+    target_length: int | None = Field(default=None, ge=2)
     window: int = Field(default=512, ge=1)
     on_too_long: Literal["drop", "truncate", "error"] = "drop"
     examples_per_row: int | None = Field(default=None, ge=1)
@@ -77,7 +81,7 @@ class TaskCounts(Config):
 
     Attributes:
         examples: examples that stand in a row, truncated ones included.
-        tokens: their tokens.
+        tokens: their tokens; of an encoder-decoder those of both sides.
         dropped: examples left out because they do not fit in a row.
         truncated: examples whose end was cut off.
         without_exemplars: few-shot samples left out because not one exemplar fits before them.
@@ -104,8 +108,8 @@ class PackingReport(Config):
 
     Attributes:
         rows: packed rows.
-        real_tokens: tokens that belong to an example.
-        padding_tokens: tokens that fill up rows.
+        real_tokens: tokens that belong to an example; of an encoder-decoder those of both sides.
+        padding_tokens: tokens that fill up rows, on either side.
         loss_tokens: tokens whose prediction enters the loss.
         tasks: counts by task name.
     """
@@ -143,7 +147,7 @@ class PackingReport(Config):
         return sum(counts.without_exemplars for counts in self.tasks.values())
 
     @classmethod
-    def of_rows(cls, rows: Iterable[Packed]) -> "PackingReport":
+    def of_rows(cls, rows: Iterable[Packed | PackedPair]) -> "PackingReport":
         """Count packed rows."""
         tally = PackingTally()
         for row in rows:
@@ -192,14 +196,14 @@ class PackingTally:
         self._loss_tokens = begun.loss_tokens
         self._tasks = {name: counts.model_dump() for name, counts in begun.tasks.items()}
 
-    def add_row(self, row: Packed) -> None:
+    def add_row(self, row: Packed | PackedPair) -> None:
         """Count a packed row."""
-        sizes = np.bincount(row.segment_ids, minlength=len(row.tasks) + 1).tolist()
+        padding, *sizes = row.segment_sizes
         self._rows += 1
-        self._padding_tokens += sizes[0]
-        self._real_tokens += sum(sizes[1:])
+        self._padding_tokens += padding
+        self._real_tokens += sum(sizes)
         self._loss_tokens += row.num_loss_tokens
-        for task, tokens in zip(row.tasks, sizes[1:], strict=True):
+        for task, tokens in zip(row.tasks, sizes, strict=True):
             counts = self._counts_of(task)
             counts["examples"] += 1
             counts["tokens"] += tokens

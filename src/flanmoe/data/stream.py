@@ -2,41 +2,37 @@
 
 The stream works in windows: so many draws from the mixture, packed by themselves, their rows in a
 seeded order. A position is therefore the number of a window, a row within it, and how often each
-task had been drawn before it. Everything else is computed again.
+task had been drawn before it. Everything else is computed again. What kind of rows it gives is its form's to
+say (`flanmoe.data.row_forms`).
 """
 
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic
+
+from typing_extensions import TypeVar
 
 from flanmoe.core.cache import fingerprint
 from flanmoe.core.errors import DataError, RunError
 from flanmoe.core.seeds import SeedTree
-from flanmoe.data.chat import render_chat
-from flanmoe.data.example import Packed, Rendered
+from flanmoe.data.example import Packed, PackedPair, Rendered
 from flanmoe.data.mixture import Draw, Mixture
-from flanmoe.data.packing import (
-    PackingConfig,
-    PackingReport,
-    PackingTally,
-    TokenizedExample,
-    fitted,
-    grouped,
-    packed_row,
-    report_from_state,
-    tokenize_all,
-)
+from flanmoe.data.packing import PackingConfig, PackingReport, PackingTally, report_from_state
 from flanmoe.data.renderers.template import NoExemplarError
-from flanmoe.data.token_cache import TokenCache
+from flanmoe.data.row_forms import DecoderForm, RowForm
 from flanmoe.data.tokenizer import Tokenizer, padding_id
+
+RowT = TypeVar("RowT", bound=Packed | PackedPair, default=Packed)
 
 # A loader may be this many windows ahead of the training step that a checkpoint is taken at.
 _KEPT_WINDOWS = 256
 # After so many draws in a row without one that fits, the fault is in the settings.
 _FRUITLESS_DRAWS = 10_000
+
+_DECODER: RowForm[Any, Any] = DecoderForm()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +55,14 @@ class _WindowStart:
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class _Row(Generic[RowT]):
     """A packed row and the content hashes of the examples that stand in it."""
 
-    packed: Packed
+    packed: RowT
     content_hashes: tuple[str, ...]
 
 
-class PackedStream:
+class PackedStream(Generic[RowT]):
     """Endless iterator over packed rows, the same for the same seed, tasks and settings.
 
     With several ranks, row r of the whole stream goes to rank r % world_size. Every rank
@@ -78,10 +74,13 @@ class PackedStream:
         tokenizer: the model's tokenizer.
         config: row length, window, what happens to examples that are too long.
         seeds: the branch of the seed tree that belongs to this stream.
+        form: what kind of rows it gives; without it rows for a decoder. `PairForm` gives an
+            encoder-decoder's.
         rank: number of this process.
         world_size: number of processes.
 
     Raises:
+        ConfigError: if the config lacks what the form needs, or sets what has no effect on it.
         DataError: on reading on, if none of very many draws fits in a row.
     """
 
@@ -92,6 +91,7 @@ class PackedStream:
         config: PackingConfig,
         seeds: SeedTree,
         *,
+        form: RowForm[Any, RowT] = _DECODER,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -103,16 +103,17 @@ class PackedStream:
         self.world_size = world_size
         self._tokenizer = tokenizer
         self._seeds = seeds
+        self._form = form
         self._identity = self._fingerprint()
         nothing = _WindowStart(
             window=0, first_row=0, counts={}, tally=PackingTally(), num_dropped=0
         )
         self._start_at(nothing, dropped=())
 
-    def __iter__(self) -> Iterator[Packed]:
+    def __iter__(self) -> Iterator[RowT]:
         return self
 
-    def __next__(self) -> Packed:
+    def __next__(self) -> RowT:
         rows = [self._next_row() for _ in range(self.world_size)]
         self.rows_given += 1
         return rows[self.rank]
@@ -217,19 +218,18 @@ class PackedStream:
         # Task and row of each draw left out. A drawn wording can be too long in one epoch and fit in
         # another.
         self._dropped = list(dropped)
-        self._rows: list[_Row] = []
+        self._rows: list[_Row[RowT]] = []
         self._given_of_window = 0
         self._global_row = start.first_row
         self.rows_given = start.first_row // self.world_size
 
-    def _next_row(self) -> Packed:
+    def _next_row(self) -> RowT:
         fruitless = 0
         while self._given_of_window == len(self._rows):
             if fruitless >= _FRUITLESS_DRAWS:
                 raise DataError(
                     f"None of the last {fruitless} examples drawn fits in a row of "
-                    f"{self.config.length} tokens. Raise `packing.length`, or set "
-                    "`packing.on_too_long` to `truncate`."
+                    f"{self._form.room(self.config)}, or set `packing.on_too_long` to `truncate`."
                 )
             self._open_window()
             fruitless = 0 if self._rows else fruitless + self.config.window
@@ -256,19 +256,18 @@ class PackedStream:
         self._given_of_window = 0
         self._window += 1
 
-    def _packed(self, examples: Sequence[TokenizedExample]) -> list[_Row]:
-        """The same rows as `pack` makes, each with the hashes of its examples."""
-        length, padding = self.config.length, padding_id(self._tokenizer)
-        rows = grouped(examples, length=length, most_in_a_row=self.config.examples_per_row)
+    def _packed(self, examples: Sequence[Any]) -> list[_Row[RowT]]:
+        """Rows of the examples, each with the hashes of those that stand in it."""
+        padding = padding_id(self._tokenizer)
         return [
             _Row(
-                packed_row(row, length=length, padding=padding),
+                self._form.row(row, self.config, padding=padding),
                 tuple(example.content_hash for example in row),
             )
-            for row in rows
+            for row in self._form.grouped(examples, self.config)
         ]
 
-    def _fitting_window(self) -> list[TokenizedExample]:
+    def _fitting_window(self) -> list[Any]:
         """Draw a window; return the examples that fit in a row, and count the others."""
         draws: list[Draw] = []
         rendered: list[Rendered | None] = []
@@ -279,8 +278,8 @@ class PackedStream:
             draws.append(draw)
             rendered.append(self._rendered(draw))
         texts = [one for one in rendered if one is not None]
-        tokenized = iter(self._tokenized(texts))
-        examples: list[TokenizedExample] = []
+        tokenized = iter(self._tokenize_all(texts))
+        examples: list[Any] = []
         for draw, one in zip(draws, rendered, strict=True):
             fitting = (
                 self._without_exemplars(draw) if one is None else self._fitting(next(tokenized))
@@ -301,16 +300,9 @@ class PackedStream:
         )
 
     @cached_property
-    def _cache(self) -> TokenCache | None:
-        if not self.config.token_cache:
-            return None
+    def _tokenize_all(self) -> Callable[[Sequence[Rendered]], list[Any]]:
         # Every rank tokenises the same texts: one of them keeps the tokens.
-        return TokenCache(self._tokenizer, writes=self.rank == 0)
-
-    def _tokenized(self, rendered: Sequence[Rendered]) -> list[TokenizedExample]:
-        if self._cache is None:
-            return tokenize_all(rendered, self._tokenizer)
-        return self._cache.tokenize_all(rendered)
+        return self._form.tokenizing(self._tokenizer, self.config, writes=self.rank == 0)
 
     def _rendered(self, draw: Draw) -> Rendered | None:
         """Count and render a draw; None where exemplars are to be shown and not one fits."""
@@ -319,15 +311,17 @@ class PackedStream:
         example = self.mixture.example(draw)
         seeds = self.mixture.sample_seeds(draw)
         try:
-            return render_chat(example, task.renderer, self._tokenizer, task.name, seeds=seeds)
+            return self._form.render(
+                example, task.renderer, task.name, tokenizer=self._tokenizer, seeds=seeds
+            )
         except NoExemplarError:
             return None
 
     def _without_exemplars(self, draw: Draw) -> None:
         self._tally.add_change(self.mixture.tasks[draw.task].name, "without_exemplars")
 
-    def _fitting(self, example: TokenizedExample) -> TokenizedExample | None:
-        fitting, change = fitted(example, self.config)
+    def _fitting(self, example: Any) -> Any | None:
+        fitting, change = self._form.fitted(example, self.config)
         if change is not None:
             self._tally.add_change(example.task, change)
         return fitting
@@ -341,8 +335,5 @@ class PackedStream:
             for task in self.mixture.tasks
         ]
         seed = [self._seeds.root, *self._seeds.path]
-        # Where tokens come from changes no row.
-        packing = {
-            name: value for name, value in self.config.to_mapping().items() if name != "token_cache"
-        }
+        packing = self._form.settings(self.config)
         return fingerprint({"tasks": tasks, "packing": packing, "seed": seed})

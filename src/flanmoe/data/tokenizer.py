@@ -7,6 +7,8 @@ comes in as an argument.
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from flanmoe.core.errors import DataError
+
 
 @runtime_checkable
 class Tokenizer(Protocol):
@@ -35,3 +37,22 @@ def padding_id(tokenizer: Tokenizer) -> int:
         if candidate is not None:
             return int(candidate)
     return 0
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    """Return the id of the token that ends a text.
+
+    Raises:
+        DataError: if the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            "A tokenizer needs an end-of-text token (`eos_token`), but this one has none, so a "
+            "model could not learn to stop. Set it in the tokenizer's configuration."
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def num_tokens(tokenizer: Tokenizer, text: str) -> int:
+    """Return the tokens of a text, special ones left out."""
+    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

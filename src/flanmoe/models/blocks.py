@@ -99,36 +99,28 @@ class FusedBlock:
         Raises:
             ModelError: if there is no expert of that index.
         """
-        gate, up = (half.clone() for half in self._gate_up_views(index))
-        down = self._down_view(index).clone()
-        if not self.layout.biased:
-            return ExpertWeights(gate, up, down)
-        gate_bias, up_bias = (half.clone() for half in self._gate_up_bias_views(index))
-        down_bias = self._parameter("down_proj_bias")[index].clone()
-        return ExpertWeights(gate, up, down, gate_bias, up_bias, down_bias)
+        copies = {name: view.clone() for name, view in self._views(index).items()}
+        return ExpertWeights(**{"gate": None, **copies})
 
     def write_expert(self, index: int, weights: ExpertWeights) -> None:
         """Overwrite one expert's matrices in place.
 
         Raises:
-            ModelError: if there is no expert of that index, a shape differs, or biases are given to
-                experts without biases or missing for experts with them.
+            ModelError: if there is no expert of that index, a shape differs, or a gate or biases are
+                given to experts without them or missing for experts with them.
         """
-        targets = [*self._gate_up_views(index), self._down_view(index)]
-        sources = [weights.gate, weights.up, weights.down]
-        if self.layout.biased:
-            targets += [*self._gate_up_bias_views(index), self._parameter("down_proj_bias")[index]]
-        biases = (weights.gate_bias, weights.up_bias, weights.down_bias)
-        sources += [bias for bias in biases if bias is not None]
-        expected = [tuple(target.shape) for target in targets]
-        found = [tuple(source.shape) for source in sources]
+        targets = self._views(index)
+        sources = _given(weights)
+        expected = {name: tuple(target.shape) for name, target in targets.items()}
+        found = {name: tuple(source.shape) for name, source in sources.items()}
         if found != expected:
             raise ModelError(
-                f"An expert of {self.name} has matrices and biases of shapes {expected}, but "
-                f"{found} were given. Write an expert that was read from a block of the same shape."
+                f"An expert of {self.name} has matrices and biases of shapes "
+                f"{list(expected.values())}, but {list(found.values())} were given. Write an expert "
+                "that was read from a block of the same shape."
             )
-        for target, source in zip(targets, sources, strict=True):
-            target.copy_(source)
+        for name, target in targets.items():
+            target.copy_(sources[name])
 
     def routing(
         self,
@@ -170,27 +162,34 @@ class FusedBlock:
         # Detached: a view of it can be written without autograd noticing, as an optimizer does.
         return self.experts.get_parameter(name).detach()
 
-    def _gate_up_views(self, index: int) -> tuple[Tensor, Tensor]:
+    def _views(self, index: int) -> dict[str, Tensor]:
+        """Return views of what one expert holds, by their names in `ExpertWeights` and in its order."""
         self._check_index(index)
+        # Ours has one name for it, transformers' experts without a gate have another.
+        own = {name for name, _ in self.experts.named_parameters(recurse=False)}
+        first = "gate_up_proj" if "gate_up_proj" in own else "up_proj"
+        views = {
+            **self._parts(self._matrix(first, index), suffix=""),
+            "down": self._matrix("down_proj", index),
+        }
+        if self.layout.biased:
+            views |= self._parts(self._parameter(f"{first}_bias")[index], suffix="_bias")
+            views["down_bias"] = self._parameter("down_proj_bias")[index]
+        return views
+
+    def _matrix(self, name: str, index: int) -> Tensor:
+        stored = self._parameter(name)[index]
+        return stored.T if self.layout.transposed else stored
+
+    def _parts(self, fused: Tensor, *, suffix: str) -> dict[str, Tensor]:
+        """Split what is fused along its first axis into gate and up; without a gate it is the up part."""
         if not self.layout.gated:
-            raise ModelError(
-                "Experts are read as a gate, an up and a down matrix, but those of "
-                f"{self.name} have no gate matrix."
-            )
-        fused = self._parameter("gate_up_proj")[index]
-        return self._halves(fused.T if self.layout.transposed else fused)
-
-    def _gate_up_bias_views(self, index: int) -> tuple[Tensor, Tensor]:
-        return self._halves(self._parameter("gate_up_proj_bias")[index])
-
-    def _halves(self, fused: Tensor) -> tuple[Tensor, Tensor]:
+            return {f"up{suffix}": fused}
         if self.layout.interleaved:
-            return fused[0::2], fused[1::2]
-        return fused[: self.expert_width], fused[self.expert_width :]
-
-    def _down_view(self, index: int) -> Tensor:
-        down = self._parameter("down_proj")[index]
-        return down.T if self.layout.transposed else down
+            gate, up = fused[0::2], fused[1::2]
+        else:
+            gate, up = fused[: self.expert_width], fused[self.expert_width :]
+        return {f"gate{suffix}": gate, f"up{suffix}": up}
 
     def _check_index(self, index: int) -> None:
         if not 0 <= index < self.num_experts:
@@ -198,6 +197,12 @@ class FusedBlock:
                 f"{self.name} has experts 0 to {self.num_experts - 1}, but expert {index} was "
                 "asked for."
             )
+
+
+def _given(weights: ExpertWeights) -> dict[str, Tensor]:
+    """Return what an expert has, by name."""
+    values = {field.name: getattr(weights, field.name) for field in dataclasses.fields(weights)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def moe_blocks(model: nn.Module) -> list[MoEBlock]:

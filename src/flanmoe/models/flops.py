@@ -1,17 +1,24 @@
 """Floating-point operations of one token, counted from the module tree.
 
 Convention: a multiplication with its addition is 2 operations. Only matrix products count; norms,
-activations, softmax and embedding look-ups do not. Experts count as often as a token visits one.
+activations, softmax and embedding look-ups do not. Experts count as often as a token visits one
+(`expert_visits`).
+
+In an encoder-decoder a token belongs to the input or to the target. What a token of the input costs
+is the encoder, and the keys and values that the decoder's attention to the encoder makes of it:
+they are made once for each token of the input, however long the target is. What a token of the
+target costs is all else in the decoder, and the head.
 """
 
-from jaxtyping import Float
-from torch import Tensor, nn
+from collections.abc import Iterable
+
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flanmoe.core.config import Config
-from flanmoe.models.blocks import moe_blocks
+from flanmoe.models.encoder_decoder import attention_layers, cross_attention, sides
+from flanmoe.models.expert_visits import RoutedExperts, routed_experts
 from flanmoe.models.meta import as_model, head_weight
-from flanmoe.moe.block import MoEBlock
 
 # Context that the FLOPs of a model are stated at where no tuning says another.
 STATED_CONTEXT_LENGTH = 1024
@@ -47,42 +54,162 @@ class FlopCount(Config):
         return 3 * self.total
 
 
+class EncoderDecoderFlopCount(Config):
+    """Operations of an encoder-decoder, forward.
+
+    Attributes:
+        encoder: of one token of the input. Its scores are over all of the input; it has no head.
+        decoder: of one token of the target. Its scores are over the target at the causal average,
+            and over all of the input.
+    """
+
+    encoder: FlopCount
+    decoder: FlopCount
+
+    @property
+    def mean(self) -> float:
+        """Mean of the two bodies: 2 operations for each weight that a token of one side passes, on
+        average over the sides; head and scores are left out.
+
+        For ST-MoE-32B it comes to 34.7 billion. FLAN-MoE (arXiv 2305.14705) states 32.1 without
+        saying what it counts. On which side keys and values for the decoder are counted makes no
+        difference here.
+        """
+        return (self.encoder.body + self.decoder.body) / 2
+
+    @property
+    def per_example(self) -> float:
+        """Operations of one input with its target."""
+        encoder, decoder = self.encoder, self.decoder
+        return encoder.context_length * encoder.total + decoder.context_length * decoder.total
+
+    @property
+    def training_per_example(self) -> float:
+        """A training step's operations for one input with its target."""
+        return 3 * self.per_example
+
+
 def count_flops(
     model_or_config: PreTrainedModel | PreTrainedConfig, *, context_length: int
 ) -> FlopCount:
     """Count the forward operations of one token, averaged over a sequence of `context_length`.
 
-    Every weight matrix is used once for each token, an expert's by the share `top_k / num_experts`
-    of them. Scores are what a causal kernel has to compute; a kernel that fills the whole square
-    does about twice that.
+    Every weight matrix is used once for each token, an expert's by the share of tokens that visit
+    it. Scores are what a causal kernel has to compute; a kernel that fills the whole square does
+    about twice that.
+
+    In an encoder-decoder the token is half one of an input and half one of a target, each
+    `context_length` long; `count_encoder_decoder_flops` counts the two apart.
+
+    Raises:
+        ModelError: if the model has no head, or a part of it cannot be read.
     """
     model = as_model(model_or_config)
-    blocks = moe_blocks(model)
-    head = head_weight(model)
-    not_in_body = {id(head)} | {
-        id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)
-    }
-    experts = {id(p): b for b in blocks for p in b.experts.parameters(recurse=False)}
-    body = sum(
-        _matrix_flops(parameter, experts.get(id(parameter)))
-        for parameter in model.parameters()
-        if id(parameter) not in not_in_body
-    )
-    router = sum(_matrix_flops(p, None) for b in blocks for p in b.router.parameters())
+    if model.config.is_encoder_decoder:
+        return _half_and_half(model, context_length)
+    costs = _Costs(model)
     return FlopCount(
         context_length=context_length,
-        body=body,
-        router=router,
-        head=2 * head.numel(),
+        body=costs.body(model.parameters()),
+        router=costs.router(model.parameters()),
+        head=2 * head_weight(model).numel(),
         attention_scores=_attention_scores(model, context_length),
     )
 
 
-def _matrix_flops(parameter: Float[Tensor, "..."], block: MoEBlock | None) -> int:
-    if block is None:
+def count_encoder_decoder_flops(
+    model_or_config: PreTrainedModel | PreTrainedConfig, *, input_length: int, target_length: int
+) -> EncoderDecoderFlopCount:
+    """Count the forward operations of one token of the input and of one of the target.
+
+    Both are averaged over an example of `input_length` and `target_length` tokens. T5, Switch,
+    BART, models after them, and FlanMoeT5 can be counted.
+
+    Raises:
+        ModelError: if the model is not an encoder-decoder, or a part of it cannot be read.
+    """
+    model = as_model(model_or_config)
+    encoder, decoder = sides(model)
+    costs = _Costs(model)
+    crossing = [
+        weight
+        for layer in cross_attention(decoder)
+        for projection in (layer.key, layer.value)
+        for weight in projection.parameters()
+    ]
+    made_of_inputs = {id(weight) for weight in crossing}
+    of_inputs = [*encoder.parameters(), *crossing]
+    of_targets = [p for p in decoder.parameters() if id(p) not in made_of_inputs]
+    return EncoderDecoderFlopCount(
+        encoder=FlopCount(
+            context_length=input_length,
+            body=costs.body(of_inputs),
+            router=costs.router(of_inputs),
+            head=0,
+            attention_scores=_side_scores(encoder, own=float(input_length), crossed=0),
+        ),
+        decoder=FlopCount(
+            context_length=target_length,
+            body=costs.body(of_targets),
+            router=costs.router(of_targets),
+            head=2 * head_weight(model).numel(),
+            attention_scores=_side_scores(
+                decoder, own=_average_keys(target_length, None), crossed=input_length
+            ),
+        ),
+    )
+
+
+def _half_and_half(model: PreTrainedModel, length: int) -> FlopCount:
+    count = count_encoder_decoder_flops(model, input_length=length, target_length=length)
+    encoder, decoder = count.encoder, count.decoder
+    return FlopCount(
+        context_length=length,
+        # All counts of matrices are even.
+        body=(encoder.body + decoder.body) // 2,
+        router=(encoder.router + decoder.router) // 2,
+        head=decoder.head // 2,
+        attention_scores=(encoder.attention_scores + decoder.attention_scores) / 2,
+    )
+
+
+class _Costs:
+    """What the parameters of a model cost a token that passes them, head and embeddings nothing."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        routed = routed_experts(model)
+        self._experts = {id(p): experts for experts in routed for p in experts.parameters()}
+        self._routers = {id(p) for experts in routed for p in experts.router.parameters()}
+        self._outside = {id(head_weight(model))} | {
+            id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)
+        }
+
+    def body(self, parameters: Iterable[nn.Parameter]) -> int:
+        return sum(
+            _matrix_flops(p, self._experts.get(id(p)))
+            for p in parameters
+            if id(p) not in self._outside
+        )
+
+    def router(self, parameters: Iterable[nn.Parameter]) -> int:
+        return sum(_matrix_flops(p, None) for p in parameters if id(p) in self._routers)
+
+
+def _matrix_flops(parameter: nn.Parameter, experts: RoutedExperts | None) -> int:
+    if experts is None:
         return 2 * parameter.numel() if parameter.ndim >= 2 else 0
     # Fused experts: one more axis than a matrix or a bias.
-    return 2 * parameter.numel() // block.num_experts * block.top_k if parameter.ndim == 3 else 0
+    if parameter.ndim != (3 if experts.fused else 2):
+        return 0
+    return 2 * round(parameter.numel() * experts.share)
+
+
+def _side_scores(side: nn.Module, *, own: float, crossed: int) -> float:
+    """Return the operations of a token's scores, over `own` keys and `crossed` ones of the encoder."""
+    return sum(
+        2 * sum(layer.widths) * (crossed if layer.crosses else own)
+        for layer in attention_layers(side)
+    )
 
 
 def _attention_scores(model: PreTrainedModel, context_length: int) -> float:

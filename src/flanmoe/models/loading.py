@@ -64,13 +64,16 @@ def resolve_reference(reference: str) -> str:
 
 
 def load_config(reference: str) -> PreTrainedConfig:
-    """Read the configuration of a causal language model.
+    """Read the configuration of a causal language model or an encoder-decoder.
 
     Raises:
-        ModelError: if it cannot be read, or is not a causal language model's.
+        ModelError: if it cannot be read, or is of neither of the two.
     """
-    config = _read_config(reference)
-    _check_causal(reference, config)
+    place = resolve_reference(reference)
+    with _one_sentence(reference, "configuration"):
+        config = AutoConfig.from_pretrained(place)
+    if not _writes_answers(config):
+        _check_causal(reference, config)
     return config
 
 
@@ -83,12 +86,8 @@ def load_model(reference: str, *, dtype: torch.dtype = torch.float32) -> PreTrai
     Raises:
         ModelError: if it cannot be loaded, is neither of the two, or its files lack weights.
     """
-    config = _read_config(reference)
-    if _writes_answers(config):
-        auto_class = AutoModelForSeq2SeqLM
-    else:
-        _check_causal(reference, config)
-        auto_class = AutoModelForCausalLM
+    config = load_config(reference)
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     written_in = config.dtype
     with _one_sentence(reference, "weights"):
         loaded: Any = auto_class.from_pretrained(
@@ -148,12 +147,6 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     tokenizer.save_pretrained(folder)
 
 
-def _read_config(reference: str) -> PreTrainedConfig:
-    place = resolve_reference(reference)
-    with _one_sentence(reference, "configuration"):
-        return AutoConfig.from_pretrained(place)
-
-
 def _writes_answers(config: PreTrainedConfig) -> bool:
     """Return whether a configuration is that of an encoder-decoder with a head for text."""
     if not config.is_encoder_decoder or type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
@@ -176,8 +169,9 @@ def _check_causal(reference: str, config: PreTrainedConfig) -> None:
         return
     found = written[0] if written else f"a model of type `{config.model_type}`"
     raise ModelError(
-        f"flanmoe works with causal language models, but {reference} is {found}. Choose a "
-        "decoder-only model (Llama, Mistral, Qwen, Mixtral, OLMoE, ...)."
+        "flanmoe works with causal language models and with encoder-decoders that write text, but "
+        f"{reference} is {found}. Choose a decoder-only model (Llama, Mistral, Qwen, Mixtral, OLMoE, "
+        "...) or an encoder-decoder (T5, Switch, BART, ...)."
     )
 
 

@@ -5,18 +5,25 @@ import copy
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from flanmoe.core.errors import ModelError
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build the model of a configuration on the meta device: every shape, no memory.
+    """Build the language model of a configuration on the meta device: every shape, no memory.
 
-    Tied embeddings are one parameter there too. The configuration itself is left as it is.
+    A causal one, or an encoder-decoder where the configuration is of one. Tied embeddings are one
+    parameter there too. The configuration itself is left as it is.
     """
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
+        return kind.from_config(copy.deepcopy(config)).eval()
 
 
 def as_model(model_or_config: PreTrainedModel | PreTrainedConfig) -> PreTrainedModel:
@@ -36,7 +43,7 @@ def head_weight(model: PreTrainedModel) -> Float[Tensor, "V H"]:
     if head is None:
         raise ModelError(
             f"A language model must have a head over its vocabulary, but {type(model).__name__} "
-            "has none. Load it with a causal language model class."
+            "has none. Load it with a class that has one."
         )
     return head.get_parameter("weight")
 

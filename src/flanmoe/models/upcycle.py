@@ -1,78 +1,56 @@
-"""Upcycling: a dense model becomes a sparse one in a native transformers class.
+"""Upcycling: a dense decoder becomes a sparse one in a native transformers class.
 
-Every FFN that becomes sparse is replaced by experts made from its own matrices and a router with
-random rows. Four ways of making the experts:
-
-- `granular`: an expert is one of `granularity` slices of the FFN. Experts e*g to e*g+g-1 form a
-  group that holds every slice once and shares one router row, so that a token's choices always
-  complete whole FFNs. With top_k = granularity the sparse model does the dense one's work, no
-  more. Exact at step 0.
-- `copy`: every expert is the whole FFN (sparse upcycling, arXiv 2212.05055). Exact at step 0.
-- `noise`: copies with Gaussian noise, so that experts differ at once.
-- `drop`: copies in which a share of the intermediate units is drawn anew (Drop-Upcycling,
-  arXiv 2502.19261).
-
-Grouped router rows are the "virtual groups" of arXiv 2410.07524 (released in Megatron-Core).
-There the scale of the output is spread over all three matrices; here it is on `down` alone
-(see `_granular_expert`).
+Every FFN that becomes sparse is replaced by experts made from its own matrices (`experts_from_ffn`) and
+a router with random rows. Encoder-decoders have `flan_moe_t5.upcycle`, which shares what is public here.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 
-from flanmoe.core.config import Config
 from flanmoe.core.console import say, warn
 from flanmoe.core.errors import ModelError
 from flanmoe.core.names import listing
 from flanmoe.core.seeds import SeedTree
 from flanmoe.models.blocks import require_moe_blocks
+from flanmoe.models.experts_from_ffn import ModeConfig, fill_experts, fill_router
 from flanmoe.models.experts_interface import EXPERTS_IMPLEMENTATION
-from flanmoe.models.families import Family, Site, SparseShape, family_of
+from flanmoe.models.families import SparseShape, family_of
 from flanmoe.models.router_precision import run_routers_outside_autocast
-from flanmoe.moe.block import ExpertWeights, MoEBlock
+from flanmoe.moe.block import ExpertWeights
 
 STEP0_TOLERANCE = 1e-3
+# What `flan_moe_t5.upcycle` takes.
+_ENCODER_DECODERS = ("t5", "flan_moe_t5")
 
-Mode = Literal["granular", "copy", "noise", "drop"]
 
-
-class UpcycleConfig(Config):
-    """How a dense model becomes sparse.
+class UpcycleConfig(ModeConfig):
+    """How a dense decoder becomes sparse; see `ModeConfig` for what is not listed here.
 
     Attributes:
         num_experts: experts of each sparse layer.
         top_k: experts that each token visits.
-        mode: how experts are made from the FFN; see the module's text.
-        granularity: `granular` only: slices of the FFN. An expert is 1/granularity of its width.
         every: layer i becomes sparse iff `i % every == every - 1`.
-        noise_std: `noise` only: standard deviation of the noise, in units of each matrix's own.
-        drop_fraction: `drop` only: share of the intermediate units of each expert that is
-            drawn anew.
         router_std: standard deviation of the router's random rows.
     """
 
     num_experts: int = Field(default=8, ge=2)
     top_k: int = Field(default=2, ge=1)
-    mode: Mode = "granular"
-    granularity: int = Field(default=2, ge=1)
     every: int = Field(default=1, ge=1)
-    noise_std: float = Field(default=0.1, gt=0)
-    drop_fraction: float = Field(default=0.5, gt=0, le=1)
     router_std: float = Field(default=0.02, gt=0)
-
-    @property
-    def exact(self) -> bool:
-        """Whether the sparse model equals the dense one at step 0, up to rounding."""
-        return self.mode in ("granular", "copy")
 
     @model_validator(mode="after")
     def _counts_fit(self) -> "UpcycleConfig":
@@ -80,24 +58,11 @@ class UpcycleConfig(Config):
             raise ValueError(
                 f"`top_k` must be at most `num_experts` ({self.num_experts}), but is {self.top_k}"
             )
-        if self.mode == "granular":
-            for name, count in (("top_k", self.top_k), ("num_experts", self.num_experts)):
-                if count % self.granularity:
-                    raise ValueError(
-                        f"`{name}` must be a multiple of `granularity` ({self.granularity}), but "
-                        f"is {count}: a token needs every slice of the FFN once"
-                    )
-        return self
-
-    @model_validator(mode="after")
-    def _options_have_an_effect(self) -> "UpcycleConfig":
-        owners = {"granularity": "granular", "noise_std": "noise", "drop_fraction": "drop"}
-        for name, mode in owners.items():
-            value = getattr(self, name)
-            if mode != self.mode and value != type(self).model_fields[name].default:
+        for name, count in (("top_k", self.top_k), ("num_experts", self.num_experts)):
+            if count % self.experts_per_row:
                 raise ValueError(
-                    f"`{name}` only has an effect in mode `{mode}`, but is {value} in mode "
-                    f"`{self.mode}`; leave it out"
+                    f"`{name}` must be a multiple of `granularity` ({self.granularity}), but "
+                    f"is {count}: a token needs every slice of the FFN once"
                 )
         return self
 
@@ -109,17 +74,17 @@ def sparse_config(dense: PreTrainedConfig, config: UpcycleConfig) -> PreTrainedC
         ModelError: if the model type or one of its options cannot be upcycled, or the FFN cannot be
             cut into `granularity` equal slices.
     """
-    family = family_of(dense)
-    num_slices = config.granularity if config.mode == "granular" else 1
-    if dense.intermediate_size % num_slices:
+    if dense.model_type in _ENCODER_DECODERS:
         raise ModelError(
-            f"The FFN's width ({dense.intermediate_size}) must be a multiple of `granularity`, but "
-            f"`granularity` is {num_slices}. Choose a divisor of the width."
+            f"The base of the stage `upcycle` must be a decoder, but its type is `{dense.model_type}`. Name "
+            "its routers: `encoder_router` and `decoder_router` of the stage `upcycle_t5`, "
+            "`--encoder-router` and `--decoder-router` of `flanmoe upcycle`."
         )
+    family = family_of(dense)
     shape = SparseShape(
         num_experts=config.num_experts,
         top_k=config.top_k,
-        expert_width=dense.intermediate_size // num_slices,
+        expert_width=config.expert_width(dense.intermediate_size),
         every=config.every,
     )
     return family.sparse_config(dense, shape)
@@ -141,27 +106,47 @@ def upcycle(dense: PreTrainedModel, config: UpcycleConfig, seeds: SeedTree) -> P
     Raises:
         ModelError: if the model cannot be upcycled as asked.
     """
+    config_of_sparse = sparse_config(dense.config, config)
     family = family_of(dense)
-    _check_weights(dense)
+    require_floating_weights(dense)
     if config.top_k == 1:
         warn(
             "With `top_k` 1 the renormalised gate is always 1, so the task's loss gives the "
             "routers no gradient; only router losses will train them. Use `top_k` 2 or more to let "
             "them learn."
         )
-    sparse = _empty_sparse(dense, sparse_config(dense.config, config))
+    sparse = empty_sparse(dense, config_of_sparse)
     blocks = require_moe_blocks(sparse)
-    _copy_shared(dense, sparse, family, blocks)
+    copy_shared(
+        dense,
+        sparse,
+        replaced=[
+            name for block in blocks for name in family.site_parameters(block.layer).values()
+        ],
+        made=[block.name for block in blocks],
+    )
     sites = family.sites(dense)
     for block in blocks:
+        site = sites[block.layer]
         _silence(sparse.get_submodule(block.name))
-        _fill_router(block, config, seeds.child("router", block.layer))
-        _fill_experts(block, sites[block.layer], config, seeds.child("experts", block.layer))
+        fill_router(
+            block,
+            std=config.router_std,
+            experts_per_row=config.experts_per_row,
+            seeds=seeds.child("router", block.layer),
+        )
+        whole = ExpertWeights(site.gate, site.up, site.down)
+        fill_experts(block, whole, config, seeds.child("experts", block.layer))
     run_routers_outside_autocast(sparse)
     return sparse
 
 
-def _check_weights(dense: PreTrainedModel) -> None:
+def require_floating_weights(dense: PreTrainedModel) -> None:
+    """Refuse a model whose weights are not numbers that can be copied and sliced as they are.
+
+    Raises:
+        ModelError: names the first such parameter.
+    """
     for name, parameter in dense.named_parameters():
         if not parameter.is_floating_point():
             raise ModelError(
@@ -170,9 +155,14 @@ def _check_weights(dense: PreTrainedModel) -> None:
             )
 
 
-def _empty_sparse(dense: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+def empty_sparse(dense: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the model of a configuration without drawing weights: everything in it is still to be filled.
+
+    It gets the dense model's dtype, attention and generation settings, and evaluation mode.
+    """
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with no_init_weights():
-        sparse = AutoModelForCausalLM.from_config(
+        sparse = auto_class.from_config(
             config,
             dtype=dense.dtype,
             attn_implementation=dense.config._attn_implementation,
@@ -183,14 +173,26 @@ def _empty_sparse(dense: PreTrainedModel, config: PreTrainedConfig) -> PreTraine
     return sparse.eval()
 
 
-def _copy_shared(
-    dense: PreTrainedModel, sparse: PreTrainedModel, family: Family, blocks: Sequence[MoEBlock]
+def copy_shared(
+    dense: PreTrainedModel,
+    sparse: PreTrainedModel,
+    *,
+    replaced: Collection[str],
+    made: Iterable[str],
 ) -> None:
-    """Copy what stays as it is; every parameter of both models must be accounted for."""
-    replaced = {name for block in blocks for name in family.site_parameters(block.layer).values()}
-    made = tuple(f"{block.name}." for block in blocks)
+    """Copy what stays as it is; every parameter of both models must be accounted for.
+
+    Args:
+        dense, sparse: the models.
+        replaced: parameters of the dense model that experts are made of.
+        made: modules of the sparse model that are filled otherwise.
+
+    Raises:
+        ModelError: names the parameters that only one of the two models has.
+    """
+    prefixes = tuple(f"{name}." for name in made)
     sources = {name: p for name, p in dense.named_parameters() if name not in replaced}
-    targets = {name: p for name, p in sparse.named_parameters() if not name.startswith(made)}
+    targets = {name: p for name, p in sparse.named_parameters() if not name.startswith(prefixes)}
     if differing := sources.keys() ^ targets.keys():
         raise ModelError(
             "Upcycling must carry over every parameter, but the dense and the sparse class do not "
@@ -211,112 +213,47 @@ def _silence(block: nn.Module) -> None:
         parameter.zero_()
 
 
-def _fill_router(block: MoEBlock, config: UpcycleConfig, seeds: SeedTree) -> None:
-    weight = block.router.get_parameter("weight")
-    group = config.granularity if config.mode == "granular" else 1
-    shape = (block.num_experts // group, block.hidden_size)
-    rows = torch.randn(shape, generator=seeds.torch()) * config.router_std
-    # All experts of a group share one row: their logits are equal, so they are chosen together.
-    weight.copy_(rows.repeat_interleave(group, dim=0))
-
-
-def _fill_experts(block: MoEBlock, site: Site, config: UpcycleConfig, seeds: SeedTree) -> None:
-    whole = ExpertWeights(site.gate, site.up, site.down)
-    for index in range(block.num_experts):
-        generator = seeds.child("expert", index).torch()
-        match config.mode:
-            case "granular":
-                expert = granular_slice(whole, index % config.granularity, config.granularity)
-            case "copy":
-                expert = whole
-            case "noise":
-                expert = with_noise(whole, config.noise_std, generator)
-            case "drop":
-                expert = with_redrawn_units(whole, config.drop_fraction, generator)
-        block.write_expert(index, expert)
-
-
-def granular_slice(whole: ExpertWeights, index: int, num_slices: int) -> ExpertWeights:
-    """Return one of `num_slices` slices of an FFN, its output multiplied by `num_slices`.
-
-    A group's slices are chosen together with equal gates. Over the m = top_k / num_slices chosen
-    groups the gates sum to 1, so each slice of group j has the gate w_j / num_slices with
-    sum_j w_j = 1, and the factor makes the sum over slices w_j times the whole FFN.
-
-    The factor is on `down` alone: the FFN is linear in it, and a power of two costs no precision.
-    It cannot be on `gate`, which sits inside the activation (SiLU(a x) is not a SiLU(x)), and its
-    cube root on each of the three matrices would be inexact there and rounded everywhere.
-    """
-    width = whole.gate.shape[0] // num_slices
-    units = slice(index * width, (index + 1) * width)
-    return ExpertWeights(
-        gate=whole.gate[units], up=whole.up[units], down=whole.down[:, units] * num_slices
-    )
-
-
-def with_noise(whole: ExpertWeights, noise_std: float, generator: torch.Generator) -> ExpertWeights:
-    """Return a copy whose matrices carry noise of `noise_std` times
-    their own standard deviation."""
-
-    def noisy(matrix: Float[Tensor, "R C"]) -> Float[Tensor, "R C"]:
-        noise = torch.randn(matrix.shape, generator=generator).to(matrix)
-        return matrix + noise * (noise_std * matrix.std())
-
-    return ExpertWeights(noisy(whole.gate), noisy(whole.up), noisy(whole.down))
-
-
-def with_redrawn_units(
-    whole: ExpertWeights, fraction: float, generator: torch.Generator
-) -> ExpertWeights:
-    """Return a copy in which a share of the intermediate units is drawn anew (Drop-Upcycling).
-
-    A unit is a row of `gate`, the same row of `up` and the same column of `down`. One set of units
-    is drawn and replaced in all three, as arXiv 2502.19261 describes (its released script draws a
-    set for each matrix, which leaves units half old and half new). New values are normal with the
-    mean and the standard deviation of what they replace.
-    """
-    width = whole.gate.shape[0]
-    units = torch.randperm(width, generator=generator)[: round(fraction * width)]
-
-    def redraw(matrix: Float[Tensor, "R C"], dim: int) -> Float[Tensor, "R C"]:
-        old = matrix.index_select(dim, units)
-        new = torch.randn(old.shape, generator=generator).to(matrix) * old.std() + old.mean()
-        return matrix.index_copy(dim, units, new)
-
-    return ExpertWeights(redraw(whole.gate, 0), redraw(whole.up, 0), redraw(whole.down, 1))
-
-
 def step0_max_abs_diff(
     dense: PreTrainedModel, sparse: PreTrainedModel, input_ids: Int[Tensor, "B L"]
 ) -> float:
-    """Return the largest absolute difference between two models' logits,
-    in float32, without dropout."""
+    """Return the largest absolute difference between two models' logits, in float32, without dropout.
+
+    Encoder-decoders read each row in the encoder and are asked to write it in the decoder.
+    """
     differences: list[Tensor] = []
     with torch.no_grad(), _float32_evaluation(dense), _float32_evaluation(sparse):
         for row in input_ids.split(1):
-            logits = [model(row, use_cache=False).logits for model in (dense, sparse)]
+            inputs = _inputs(sparse, row)
+            logits = [model(**inputs, use_cache=False).logits for model in (dense, sparse)]
             differences.append((logits[0] - logits[1]).abs().max())
     # Not Python's max, which loses a NaN.
     return float(torch.stack(differences).max())
+
+
+def _inputs(model: PreTrainedModel, row: Int[Tensor, "1 L"]) -> dict[str, Int[Tensor, "1 L"]]:
+    if not model.config.is_encoder_decoder:
+        return {"input_ids": row}
+    shifted: Any = model.prepare_decoder_input_ids_from_labels
+    return {"input_ids": row, "decoder_input_ids": shifted(row)}
 
 
 def check_step0(
     dense: PreTrainedModel,
     sparse: PreTrainedModel,
     input_ids: Int[Tensor, "B L"],
-    config: UpcycleConfig,
+    config: ModeConfig,
 ) -> float:
-    """Return `step0_max_abs_diff`, which the exact modes must keep below `STEP0_TOLERANCE`.
+    """Return `step0_max_abs_diff`, which stays below `STEP0_TOLERANCE` where the configuration is exact.
 
-    For the other modes the gap is what they are for; it is printed.
+    Elsewhere the gap is what was asked for; it is printed.
 
     Raises:
-        ModelError: if the mode is exact and the models differ.
+        ModelError: if the configuration is exact and the models differ.
     """
     difference = step0_max_abs_diff(dense, sparse, input_ids)
-    if not config.exact:
+    if config.changed_by:
         say(
-            f"Mode `{config.mode}` changes the model: its logits differ from the dense model's by "
+            f"{config.changed_by} changes the model: its logits differ from the dense model's by "
             f"up to {difference:.3g} before any training."
         )
     # Written so that a NaN fails too.

@@ -11,9 +11,12 @@ from flanmoe.moe.routing import Routing
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """The matrices of one gated expert, in `nn.Linear` orientation. H hidden size, I expert width."""
+    """The matrices of one expert, in `nn.Linear` orientation. H hidden size, I expert width.
 
-    gate: Float[Tensor, "I H"]
+    `gate` is None where the activation stands alone: an expert is then `down @ activation(up @ x)`.
+    """
+
+    gate: Float[Tensor, "I H"] | None
     up: Float[Tensor, "I H"]
     down: Float[Tensor, "H I"]
     gate_bias: Float[Tensor, " I"] | None = None

@@ -1,27 +1,27 @@
 """The stage `tune`: the model in hand is trained on a mixture, and what it has seen is kept with it."""
 
-from dataclasses import dataclass
+from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig
 
 from flanmoe.core.config import Config
 from flanmoe.core.console import say
 from flanmoe.core.files import whole_folder
 from flanmoe.data.mixture import Mixture
 from flanmoe.data.packing import PackingReport
+from flanmoe.data.row_forms import DecoderForm, PairForm
 from flanmoe.data.stream import PackedStream
 from flanmoe.data.tasks import num_rejected
 from flanmoe.evaluation.results import write_training_hashes
-from flanmoe.models.expert_dropout import check_expert_dropout
-from flanmoe.models.flops import FlopCount, count_flops
-from flanmoe.models.freezing import frozen
+from flanmoe.models.flops import FlopCount
 from flanmoe.models.loading import MODEL_MARKER, save_model
-from flanmoe.models.memory import MemoryEstimate, estimate_memory
-from flanmoe.models.plan import ParameterCount, count_parameters
+from flanmoe.models.memory import MemoryEstimate
+from flanmoe.models.plan import ParameterCount
+from flanmoe.models.row_flops import count_row_flops
 from flanmoe.stages.context import StageContext
 from flanmoe.stages.held_model import HeldModel
 from flanmoe.stages.recipe import TuneStage
-from flanmoe.training.arguments import TuneConfig
+from flanmoe.stages.tuning_size import tuning_size
 from flanmoe.training.checkpoints import latest_checkpoint
 from flanmoe.training.tune import TuneResult, tune
 
@@ -78,7 +78,8 @@ def run_tune(
     """
     stream = training_stream(stage, held, context)
     model = held.model()
-    flops = count_flops(model, context_length=stage.train.length)
+    train = stage.train
+    flops = count_row_flops(model, length=train.length, target_length=train.target_length)
     size = tuning_size(model, stage.train)
     checkpoint = latest_checkpoint(context.run.path)
     if checkpoint is not None:
@@ -125,39 +126,16 @@ def _mixed(mixture: Mixture) -> dict[str, MixedTask]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class TuningSize:
-    """What can be said of a tuning before its first step.
-
-    Attributes:
-        parameters: counts; what is frozen is not trainable.
-        memory: the peak.
-    """
-
-    parameters: ParameterCount
-    memory: MemoryEstimate
-
-
-def tuning_size(model: PreTrainedModel, config: TuneConfig) -> TuningSize:
-    """Count a model and estimate its memory as it will be tuned; it may be on the meta device.
-
-    Raises:
-        ModelError: if `freeze` or `expert_dropout` does not suit the model.
-    """
-    check_expert_dropout(model, config.expert_dropout or 0.0)
-    with frozen(model, config.freeze):
-        memory = estimate_memory(
-            model,
-            rows=config.micro_batch_rows,
-            length=config.length,
-            precision=config.precision,
-            gradient_checkpointing=config.gradient_checkpointing,
-        )
-        return TuningSize(count_parameters(model), memory)
-
-
-def training_stream(stage: TuneStage, held: HeldModel, context: StageContext) -> PackedStream:
+def training_stream(stage: TuneStage, held: HeldModel, context: StageContext) -> PackedStream[Any]:
     """Return the stage's stream of packed rows, the same for every arm of a study and seed."""
     seeds = context.seeds.child(stage.label).child("data")
     mixture = Mixture.load(stage.data, data_dir=context.data_dir, seeds=seeds)
-    return PackedStream(mixture, held.text_tokenizer(), stage.packing, seeds)
+    form = row_form(held.model().config)
+    return PackedStream(mixture, held.text_tokenizer(), stage.packing, seeds, form=form)
+
+
+def row_form(config: PreTrainedConfig) -> DecoderForm | PairForm:
+    """Return what kind of rows a model reads."""
+    if not config.is_encoder_decoder:
+        return DecoderForm()
+    return PairForm(decoder_start_token_id=int(config.decoder_start_token_id))

@@ -1,24 +1,27 @@
-"""The stage `upcycle`: a dense model becomes a sparse one, checked before it is saved."""
+"""The stages `upcycle` and `upcycle_t5`: a dense model becomes a sparse one, checked before it is saved."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flanmoe.core.config import Config
+from flanmoe.core.config import Config, apply_overrides
 from flanmoe.core.console import progress, say
 from flanmoe.core.errors import RunError
 from flanmoe.core.files import whole_folder
 from flanmoe.core.rundir import RunDir
 from flanmoe.core.seeds import SeedTree
 from flanmoe.evaluation.results import write_training_hashes
+from flanmoe.models.flan_moe_t5.configuration import SIDES
+from flanmoe.models.flan_moe_t5.upcycle import upcycle_t5
 from flanmoe.models.loading import MODEL_MARKER, save_model
 from flanmoe.models.plan import ParameterCount, count_parameters
 from flanmoe.models.upcycle import check_step0, upcycle
 from flanmoe.stages.context import StageContext
 from flanmoe.stages.held_model import HeldModel
-from flanmoe.stages.recipe import UpcycleStage
+from flanmoe.stages.recipe import UpcycleStage, UpcycleT5Stage
 
 # What the two models are compared on: plain prose of ours, enough to visit many experts.
 _PROBE_TEXT = (
@@ -38,7 +41,7 @@ class UpcycleResult(Config):
 
     Attributes:
         step0_max_abs_diff: largest difference between a logit of the dense and of the sparse model.
-        exact: whether the mode promises that it is 0 up to rounding.
+        exact: whether the stage promises that it is 0 up to rounding.
         dense, sparse: parameter counts.
     """
 
@@ -49,18 +52,18 @@ class UpcycleResult(Config):
 
 
 def run_upcycle(
-    stage: UpcycleStage, held: HeldModel, context: StageContext
+    stage: UpcycleStage | UpcycleT5Stage, held: HeldModel, context: StageContext
 ) -> tuple[HeldModel, UpcycleResult]:
     """Upcycle the model in hand, compare it with the dense one, save it in the stage's folder.
 
     Raises:
-        ModelError: if the family cannot be upcycled as asked, or an exact mode differs at step 0.
+        ModelError: if the model cannot be upcycled as asked, or an exact stage differs at step 0.
     """
     return upcycle_and_save(stage, held, context.model_folder, context.seeds.child("upcycle"))
 
 
 def upcycle_and_save(
-    stage: UpcycleStage, held: HeldModel, folder: Path, seeds: SeedTree
+    stage: UpcycleStage | UpcycleT5Stage, held: HeldModel, folder: Path, seeds: SeedTree
 ) -> tuple[HeldModel, UpcycleResult]:
     """Upcycle, compare, save to `folder`; see `run_upcycle`.
 
@@ -69,7 +72,7 @@ def upcycle_and_save(
     # Read before the bar: loading may show one of its own.
     dense, tokenizer, hashes = held.model(), held.tokenizer(), held.training_hashes()
     with progress("    upcycling", total=3, unit="parts") as advance:
-        sparse = upcycle(dense, stage, seeds)
+        sparse = _sparse(dense, stage, seeds)
         advance(note="built")
         difference = check_step0(dense, sparse, probe_tokens(tokenizer), stage)
         advance(note="checked")
@@ -87,24 +90,50 @@ def upcycle_and_save(
     return held.saved(sparse, folder), result
 
 
+def _sparse(
+    dense: PreTrainedModel, stage: UpcycleStage | UpcycleT5Stage, seeds: SeedTree
+) -> PreTrainedModel:
+    if isinstance(stage, UpcycleT5Stage):
+        return upcycle_t5(dense, stage, seeds)
+    return upcycle(dense, stage, seeds)
+
+
 def probe_tokens(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Return one row of token ids (1, L) on which a dense and a sparse model are compared."""
     encoded = tokenizer(_PROBE_TEXT, return_tensors="pt", add_special_tokens=False)
     return encoded["input_ids"]
 
 
-def upcycle_folder(base: str, out: Path, values: dict[str, Any], *, seed: int) -> dict[str, Any]:
+def upcycle_folder(
+    base: str, out: Path, values: Mapping[str, Any], *, overrides: Sequence[str] = (), seed: int
+) -> dict[str, Any]:
     """Upcycle `base` into the new folder `out`; what `flanmoe upcycle` does.
+
+    Args:
+        base: a known name, a folder or a hub id.
+        out: folder of the sparse model.
+        values: settings of the stage: `upcycle_t5` where a router is among them, else `upcycle`.
+        overrides: more settings, as `dotted.key=value`.
+        seed: root of every draw.
 
     Raises:
         RunError: if `out` already holds files.
+        ConfigError: if a setting is wrong.
+        ModelError: if the base cannot be upcycled as asked.
     """
     if out.exists() and any(out.iterdir()):
         raise RunError(
             f"The folder {out} must be empty or new, but already holds files. Name another one as OUT."
         )
-    stage = UpcycleStage.parse({"stage": "upcycle", **values}, origin="The command line")
+    stage = _stage_of(apply_overrides(values, overrides))
     _, result = upcycle_and_save(stage, HeldModel(base), out, SeedTree(seed).child("upcycle"))
     say(f"Written to {out}.")
     RunDir(out).write_json("upcycle.json", {**stage.to_mapping(), "seed": seed, "base": base})
     return {"model": str(out), **result.to_mapping()}
+
+
+def _stage_of(values: Mapping[str, Any]) -> UpcycleStage | UpcycleT5Stage:
+    origin = "The command line"
+    if any(f"{side}_router" in values for side in SIDES):
+        return UpcycleT5Stage.parse({"stage": "upcycle_t5", **values}, origin=origin)
+    return UpcycleStage.parse({"stage": "upcycle", **values}, origin=origin)

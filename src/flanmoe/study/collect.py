@@ -23,6 +23,7 @@ from flanmoe.study.report_data import (
     LossCurve,
     Memory,
     Metric,
+    PretrainingReport,
     ReportData,
     RouterLosses,
     Score,
@@ -69,6 +70,7 @@ def _arm_report(study: Study, name: str, seeds: Sequence[SeedResults]) -> ArmRep
         seeds=tuple(study.seeds),
         parameters=first.parameters,
         flops=first.flops,
+        pretraining=_pretraining(first),
         ledger=sum(ledgers, Ledger()),
         memory=_memory(first),
         before=_mean_evaluation([seed.before for seed in seeds]),
@@ -98,8 +100,28 @@ def _expert_load(tuned: TuneStageResult) -> ExpertLoadReport | None:
     load = tuned.training.expert_load
     if load is None:
         return None
+    drops = tuned.training.drops
+    sides = tuple(name.partition(".")[0] for name in load.names)
     return ExpertLoadReport(
-        layers=tuple(load.layers), shares=tuple(load.shares), entropy_nats=tuple(load.entropy_nats)
+        layers=tuple(load.layers),
+        shares=tuple(load.shares),
+        entropy_nats=tuple(load.entropy_nats),
+        sides=sides if set(sides) <= {"encoder", "decoder"} else (),
+        dropped_share=drops.dropped_share if drops else (),
+        unserved_share=drops.unserved_share if drops else (),
+    )
+
+
+def _pretraining(seed: SeedResults) -> tuple[PretrainingReport, ...]:
+    return tuple(
+        PretrainingReport(
+            label=label,
+            tokens=found.training.ledger.real_tokens,
+            epochs=found.epochs,
+            loss=found.training.final_loss,
+            held_out_loss=found.held_out_loss,
+        )
+        for label, found in seed.pretrainings.items()
     )
 
 

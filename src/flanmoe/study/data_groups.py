@@ -13,7 +13,7 @@ from flanmoe.evaluation.results import SkippedTask
 from flanmoe.evaluation.suites import SuiteConfig, load_suite
 from flanmoe.stages.recipe import EvaluateStage, TuneStage
 from flanmoe.stages.task_names import named_tasks
-from flanmoe.study.study import Study, load_study
+from flanmoe.study.study import Arm, Study, load_study
 
 Use = Literal["named", "tuned", "evaluated"]
 
@@ -99,8 +99,18 @@ def _groups(study: Study) -> list[DataGroup]:
         group
         for name, arm in study.arms.items()
         for stage in arm.stages
-        if (group := _group(stage, arm.model, (f"{name}/{stage.label}",))) is not None
+        if (group := _group(stage, _named_model(name, arm), (f"{name}/{stage.label}",))) is not None
     ]
+
+
+def _named_model(name: str, arm: Arm) -> str:
+    """Return the model whose tokenizer counts the tokens of an arm's data."""
+    if arm.model is None:
+        raise DataError(
+            f"Tokens of data are counted with the tokenizer of a model, but arm `{name}` trains one of its own "
+            "when it runs. Look at its tasks by name, with `--task` and `--model`."
+        )
+    return arm.model
 
 
 def _group(stage: Any, model: str, where: tuple[str, ...]) -> DataGroup | None:

@@ -8,6 +8,7 @@ from flanmoe.core.rundir import RunDir
 from flanmoe.evaluation.results import SuiteResult, read_result
 from flanmoe.models.flops import FlopCount
 from flanmoe.models.plan import ParameterCount
+from flanmoe.stages.pretrain import PretrainStageResult
 from flanmoe.stages.tune import TuneStageResult
 from flanmoe.stages.upcycle import UpcycleResult
 from flanmoe.study.executor import RESULT_FILE, Job
@@ -31,8 +32,16 @@ class SeedResults:
     @cached_property
     def upcycled(self) -> UpcycleResult | None:
         """The last upcycling, None where there was none."""
-        found = self._of_kind("upcycle")
+        found = self._of_kind("upcycle") or self._of_kind("upcycle_t5")
         return UpcycleResult.parse(found[-1][1]["details"]) if found else None
+
+    @cached_property
+    def pretrainings(self) -> dict[str, PretrainStageResult]:
+        """Every pre-training by its label, in order."""
+        return {
+            stage["label"]: PretrainStageResult.parse(stage["details"])
+            for _, stage in self._of_kind("pretrain")
+        }
 
     @cached_property
     def tunings(self) -> dict[str, TuneStageResult]:

@@ -184,11 +184,24 @@ class ExpertLoadReport(Config):
         layers: number of each sparse layer in its model, in the order of `shares`.
         shares: for each layer the share of assignments that each expert got; each row sums to 1.
         entropy_nats: for each layer the entropy of its row; ln(experts) means even use.
+        sides: for each layer of an encoder-decoder the side that it is on; empty for decoders.
+        dropped_share: for each layer the choices that did not fit, over those that were asked for.
+        unserved_share: for each layer the tokens that no expert took, over all.
     """
 
     layers: tuple[int, ...]
     shares: tuple[tuple[float, ...], ...] = Field(min_length=1)
     entropy_nats: tuple[float, ...] = ()
+    sides: tuple[str, ...] = ()
+    dropped_share: tuple[float, ...] = ()
+    unserved_share: tuple[float, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each layer is called: its number, with its side where there are two."""
+        if not self.sides:
+            return tuple(str(layer) for layer in self.layers)
+        return tuple(f"{side} {layer}" for side, layer in zip(self.sides, self.layers, strict=True))
 
     @model_validator(mode="after")
     def _one_row_a_layer(self) -> "ExpertLoadReport":
@@ -229,6 +242,24 @@ class RouterLosses(Config):
     last: dict[str, Measured] = {}
 
 
+class PretrainingReport(Config):
+    """One pre-training of an arm.
+
+    Attributes:
+        label: name of the stage.
+        tokens: tokens that it went through, padding left out.
+        epochs: how often its documents were gone through.
+        loss: cross-entropy of the last step, in nats per target token.
+        held_out_loss: the same on texts kept from training, None where none were.
+    """
+
+    label: str
+    tokens: int
+    epochs: float
+    loss: float
+    held_out_loss: float | None
+
+
 class ArmReport(Config):
     """One arm of the study: what was built, what it cost, how it scored.
 
@@ -239,6 +270,7 @@ class ArmReport(Config):
         parameters: counts of the model that the arm ends with; trainable is what its last tuning trained, 0
             where nothing was tuned.
         flops: operations of one token in that model.
+        pretraining: every pre-training of the first seed, in order.
         ledger: costs of every tuning, all seeds together.
         memory: estimate and measurement of the last tuning.
         before: scores before tuning, None where nothing was evaluated then.
@@ -255,6 +287,7 @@ class ArmReport(Config):
     seeds: tuple[int, ...] = (0,)
     parameters: Parameters
     flops: Flops
+    pretraining: tuple[PretrainingReport, ...] = ()
     ledger: Ledger
     memory: Memory | None = None
     before: Evaluation | None = None

@@ -14,19 +14,22 @@ from flanmoe.core.console import say
 from flanmoe.core.memory import peak_memory_bytes, reset_peak_memory
 from flanmoe.core.rundir import RunDir
 from flanmoe.core.seeds import SeedTree
-from flanmoe.models.flops import count_flops
 from flanmoe.models.loading import load_config
 from flanmoe.models.meta import meta_model
 from flanmoe.models.plan import count_parameters
+from flanmoe.models.row_flops import count_row_flops
 from flanmoe.stages.context import StageContext
 from flanmoe.stages.evaluate import run_evaluate
 from flanmoe.stages.held_model import HeldModel
+from flanmoe.stages.pretrain import run_pretrain
 from flanmoe.stages.recipe import (
     EvaluateStage,
+    PretrainStage,
     Stage,
     TuneStage,
     UpcycleStage,
-    stated_context_length,
+    UpcycleT5Stage,
+    stated_lengths,
 )
 from flanmoe.stages.tune import run_tune
 from flanmoe.stages.upcycle import run_upcycle
@@ -84,19 +87,19 @@ def run_arm(job: Job) -> None:
     result = {
         "seconds": time.monotonic() - start,
         "hardware": hardware().to_mapping(),
-        "model": _size(held, context_length=stated_context_length(recipe.stages)),
+        "model": _size(held, stated_lengths(recipe.stages)),
         "stages": results,
     }
     folder.write_json(RESULT_FILE, result)
     forget_intermediate_models(study, job)
 
 
-def _size(held: HeldModel, *, context_length: int) -> dict[str, Any]:
+def _size(held: HeldModel, lengths: tuple[int, int | None]) -> dict[str, Any]:
     """Parameters and FLOPs of the model that an arm ends with, from its configuration."""
     model = meta_model(load_config(held.reference))
     return {
         "parameters": count_parameters(model).to_mapping(),
-        "flops": count_flops(model, context_length=context_length).to_mapping(),
+        "flops": count_row_flops(model, length=lengths[0], target_length=lengths[1]).to_mapping(),
     }
 
 
@@ -131,7 +134,9 @@ def _run_or_skip(
 
 def _run_stage(stage: Stage, held: HeldModel, context: StageContext) -> tuple[HeldModel, Config]:
     match stage:
-        case UpcycleStage():
+        case PretrainStage():
+            return run_pretrain(stage, held, context)
+        case UpcycleStage() | UpcycleT5Stage():
             return run_upcycle(stage, held, context)
         case TuneStage():
             return run_tune(stage, held, context)

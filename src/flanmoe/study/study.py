@@ -21,19 +21,30 @@ from pydantic import Field, field_validator, model_validator
 from flanmoe.core.config import Config, apply_overrides, read_yaml, set_values
 from flanmoe.core.errors import ConfigError
 from flanmoe.core.names import listing, nearest_name_hint
-from flanmoe.stages.recipe import EvaluateStage, Recipe, StageDefaults, Stages
+from flanmoe.stages.recipe import (
+    EvaluateStage,
+    Recipe,
+    StageDefaults,
+    Stages,
+    require_a_start,
+)
 
 
 class Arm(Config):
     """One recipe of a study.
 
     Attributes:
-        model: the model that the arm starts from.
+        model: the model that the arm starts from; None where its first stage makes one.
         stages: what is done to it.
     """
 
-    model: str
+    model: str | None = None
     stages: Stages
+
+    @model_validator(mode="after")
+    def _there_is_a_model(self) -> "Arm":
+        require_a_start(self.model, self.stages)
+        return self
 
 
 class Study(Config):

@@ -38,8 +38,9 @@ def check_counts(block: MoEBlock) -> None:
     read = 0
     for index in range(block.num_experts):
         weights = block.read_expert(index)
-        shapes = (weights.gate.shape, weights.up.shape, weights.down.shape)
-        assert shapes == (wide, wide, high), f"{block.name}: expert {index} has {shapes}"
+        first = (weights.up,) if weights.gate is None else (weights.gate, weights.up)
+        shapes = tuple(matrix.shape for matrix in (*first, weights.down))
+        assert shapes == (*[wide] * len(first), high), f"{block.name}: expert {index} has {shapes}"
         read += sum(matrix.numel() for matrix in _matrices(weights).values())
     held = sum(p.numel() for p in block.experts.parameters(recurse=False))
     assert read == held, f"{block.name}: {read} of {held} expert parameters are read"
@@ -118,12 +119,11 @@ def _matrices(weights: ExpertWeights) -> dict[str, Float[Tensor, "..."]]:
 
 def _random_like(weights: ExpertWeights, *, seed: int) -> ExpertWeights:
     generator = torch.Generator().manual_seed(seed)
-    return ExpertWeights(
-        **{
-            name: torch.randn(matrix.shape, generator=generator).to(matrix)
-            for name, matrix in _matrices(weights).items()
-        }
-    )
+    fresh = {
+        name: torch.randn(matrix.shape, generator=generator).to(matrix)
+        for name, matrix in _matrices(weights).items()
+    }
+    return dataclasses.replace(weights, **fresh)
 
 
 def _equal(found: ExpertWeights, expected: ExpertWeights) -> bool:

@@ -1,10 +1,12 @@
 """`TuneConfig`, what a user says about a tuning run, and what transformers.Trainer is told for it."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
+from torch.optim import Optimizer
 from transformers import TrainingArguments
 
 from flanmoe.core.config import Config
@@ -12,10 +14,16 @@ from flanmoe.core.errors import ConfigError
 from flanmoe.core.seeds import SeedTree
 from flanmoe.models.freezing import FreezePresets
 from flanmoe.models.precision import ChosenPrecision
+from flanmoe.training.adafactor import Adafactor
 from flanmoe.training.router_losses import RouterLossConfig
 from flanmoe.training.sharding import Sharding
 
-_SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+_SCHEDULERS = {
+    "constant": "constant_with_warmup",
+    "linear": "linear",
+    "cosine": "cosine",
+    "inverse_sqrt": "inverse_sqrt",
+}
 
 
 class TuneConfig(Config):
@@ -26,13 +34,17 @@ class TuneConfig(Config):
         rows_per_step: packed rows of one optimizer step, over all processes.
         micro_batch_rows: rows that go through the model at once; changes memory and speed, not the
             result (but for the router-loss scope `micro_batch`).
-        length: tokens in a row.
+        length: tokens in a row, of an encoder-decoder in a row of the encoder.
+        target_length: tokens in a row of the decoder of an encoder-decoder; None for decoders.
+        optimizer: `adamw`, or `adafactor`, whose learning rate is relative to the scale of each weight
+            (`flanmoe.training.adafactor`; docs/guide/training.md).
         learning_rate: the largest learning rate, reached after the warm-up.
         warmup_steps: steps over which the learning rate rises linearly from 0.
-        schedule: what the learning rate does after the warm-up; `linear` and `cosine` fall to 0.
+        schedule: what the learning rate does after the warm-up; `linear` and `cosine` fall to 0,
+            `inverse_sqrt` with the square root of the steps: learning_rate * sqrt(warmup_steps / step).
         weight_decay: decoupled weight decay (biases and norms are left out).
         max_grad_norm: gradients with a larger norm are scaled down to it; 0 turns that off.
-        adam_beta1, adam_beta2: decay of AdamW's moments.
+        adam_beta1, adam_beta2: decay of AdamW's moments; without effect on Adafactor.
         precision: `bfloat16` computes in bfloat16 where autocast does, with float32 weights and
             optimizer state; `float32` computes everything in float32; `auto` stands for bfloat16 on
             machines with instructions for it, for float32 elsewhere (`flanmoe.models.precision`).
@@ -40,6 +52,8 @@ class TuneConfig(Config):
         freeze: parts of the model that keep their weights, any of `gate`, `experts`, `moe`,
             `non_moe` and `attention` together; see `flanmoe.models.freezing`. FLOPs are counted as
             if everything trained.
+        dropout: rate of all dropout of the model but that inside experts while it trains; None leaves the
+            model's own; see `flanmoe.models.dropout`.
         expert_dropout: share of the hidden units inside routed experts that is dropped, beside
             whatever dropout the model's configuration has; None leaves the experts' own rate, which
             is 0 in native models; see `flanmoe.models.expert_dropout`.
@@ -55,9 +69,11 @@ class TuneConfig(Config):
     rows_per_step: int = Field(default=8, ge=1)
     micro_batch_rows: int = Field(default=1, ge=1)
     length: int = Field(default=1024, ge=2)
+    target_length: int | None = Field(default=None, ge=1)
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: float = Field(default=2e-5, gt=0)
     warmup_steps: int = Field(default=0, ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "linear"
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, ge=0)
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -65,6 +81,7 @@ class TuneConfig(Config):
     precision: ChosenPrecision = "bfloat16"
     router: RouterLossConfig = RouterLossConfig()
     freeze: FreezePresets = ()
+    dropout: float | None = Field(default=None, ge=0, lt=1)
     expert_dropout: float | None = Field(default=None, ge=0, lt=1)
     checkpoint_every_steps: int | None = Field(default=None, ge=1)
     keep_checkpoints: int = Field(default=1, ge=1)
@@ -93,6 +110,57 @@ class TuneConfig(Config):
                 "the learning rate would never be reached"
             )
         return value
+
+    @field_validator("schedule")
+    @classmethod
+    def _inverse_square_root_begins(cls, value: str, info: ValidationInfo) -> str:
+        if value == "inverse_sqrt" and info.data.get("warmup_steps") == 0:
+            raise ValueError(
+                "must not be `inverse_sqrt` with `warmup_steps: 0`; the learning rate falls with the steps as "
+                "multiples of the warm-up, so set `warmup_steps`"
+            )
+        return value
+
+    @field_validator("sharding")
+    @classmethod
+    def _optimizer_can_be_sharded(cls, value: Sharding, info: ValidationInfo) -> Sharding:
+        if value != "none" and info.data.get("optimizer") == "adafactor":
+            raise ValueError(
+                f"must be `none` with `optimizer: adafactor`, but is `{value}`; its statistics are taken over "
+                "whole weights"
+            )
+        return value
+
+
+def require_target_length(config: TuneConfig, *, is_encoder_decoder: bool) -> None:
+    """Check that a decoder's rows have a length exactly where there is an encoder as well.
+
+    Args:
+        config: the user's settings.
+        is_encoder_decoder: whether the model to be tuned is one.
+
+    Raises:
+        ConfigError: says which of the two is wrong.
+    """
+    if is_encoder_decoder and config.target_length is None:
+        raise ConfigError(
+            "An encoder-decoder needs `target_length`, the tokens in a row of its decoder, but it is "
+            "not set. Set it beside `length`, which is that of the encoder."
+        )
+    if not is_encoder_decoder and config.target_length is not None:
+        raise ConfigError(
+            f"`target_length` is for encoder-decoders, but is {config.target_length} and the model is "
+            "a decoder, whose rows hold prompt and response together. Leave it out."
+        )
+
+
+def chosen_optimizer(
+    config: TuneConfig,
+) -> tuple[type[Optimizer], Mapping[str, Any]] | None:
+    """Return class and settings of an optimizer that transformers does not have; None for its AdamW."""
+    if config.optimizer == "adamw":
+        return None
+    return Adafactor, {"lr": config.learning_rate}
 
 
 def training_arguments(config: TuneConfig, folder: Path, seeds: SeedTree) -> TrainingArguments:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from jaxtyping import Int
 from torch import Tensor
 
+from flanmoe.training.drops import LayerDrops
 from flanmoe.training.rows import StepTotals
 
 
@@ -18,12 +19,14 @@ class RouterReport:
         raw: by name of the loss, over all layers and before its coefficient.
         weighted: by name of the loss, what entered the training loss.
         counts: assignments of each expert, layer by layer.
+        drops: what found no expert, layer by layer.
     """
 
     balance_per_layer: tuple[float, ...]
     raw: Mapping[str, float]
     weighted: Mapping[str, float]
     counts: tuple[Int[Tensor, " _"], ...]
+    drops: tuple[LayerDrops, ...]
 
 
 @dataclass(frozen=True, slots=True)

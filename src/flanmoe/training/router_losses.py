@@ -3,7 +3,8 @@
 The balance loss is a product of two means (how often an expert is chosen, how likely it was), and the
 importance loss a square of means, so the losses of micro-batches do not simply add up to that of
 their step. Four scopes say what is taken over which tokens. Everything here is per layer first;
-layers are put together last, as the convention says.
+layers are put together last, as the convention says. The layers of an encoder see other tokens than
+those of a decoder, so every layer is divided by the totals of what it sees.
 """
 
 from abc import ABC, abstractmethod
@@ -113,6 +114,10 @@ class LayerUse:
         return LayerUse(over(self.asked), over(self.probabilities))
 
 
+# What a whole step holds: the same for all layers, or for each layer what its routers see of it.
+Totals = StepTotals | Sequence[StepTotals]
+
+
 class Scope(ABC):
     """What the balance and the importance loss are taken over.
 
@@ -125,20 +130,26 @@ class Scope(ABC):
     keeps_use = False
 
     def start_step(  # noqa: B027 - most scopes need not do anything
-        self, use: Sequence[LayerUse], totals: StepTotals
+        self, use: Sequence[LayerUse], totals: Totals
     ) -> None:
         """Take the expert use of the step that begins, where `needs_use` is set."""
 
     @abstractmethod
     def balance(self, layer: int, routing: Routing, totals: StepTotals) -> Float[Tensor, ""]:
-        """Return what one micro-batch adds to the balance loss of one layer in this step."""
+        """Return what one micro-batch adds to the balance loss of one layer in this step.
+
+        Args:
+            layer: number of the layer among the sparse ones.
+            routing: what its router decided for the micro-batch.
+            totals: what the whole step holds of the tokens that it sees.
+        """
 
     @abstractmethod
     def importance(self, layer: int, routing: Routing, totals: StepTotals) -> Float[Tensor, ""]:
         """Return what one micro-batch adds to the importance loss of one layer in this step."""
 
     def finish_step(  # noqa: B027
-        self, use: Sequence[LayerUse], totals: StepTotals
+        self, use: Sequence[LayerUse], totals: Totals
     ) -> None:
         """Take the expert use of the step that ends, where `keeps_use` is set."""
 
@@ -227,9 +238,9 @@ class GlobalScope(_FixedUseScope):
 
     needs_use = True
 
-    def start_step(self, use: Sequence[LayerUse], totals: StepTotals) -> None:
+    def start_step(self, use: Sequence[LayerUse], totals: Totals) -> None:
         """Take the use of the step that begins."""
-        self._set(use, [totals.real_tokens] * len(use))
+        self._set(use, [of_layer.real_tokens for of_layer in _of_layers(totals, len(use))])
 
 
 @final
@@ -258,9 +269,10 @@ class LaggedScope(_FixedUseScope):
             list(num_experts),
         )
 
-    def finish_step(self, use: Sequence[LayerUse], totals: StepTotals) -> None:
+    def finish_step(self, use: Sequence[LayerUse], totals: Totals) -> None:
         """Keep the use for the next step."""
-        self._take(use, [max(totals.real_tokens, 1)] * len(use))
+        seen = _of_layers(totals, len(use))
+        self._take(use, [max(of_layer.real_tokens, 1) for of_layer in seen])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the use of the last step."""
@@ -343,23 +355,28 @@ class RouterLosses:
 
 
 def router_losses(
-    layers: Sequence[Routing], *, scope: Scope, totals: StepTotals, weights: LossWeights
+    layers: Sequence[Routing], *, scope: Scope, totals: Totals, weights: LossWeights
 ) -> RouterLosses:
     """Return what a micro-batch adds to the router losses of its step, layer by layer.
 
     Args:
         layers: what the routers decided for the micro-batch; at least one layer.
         scope: what balance and importance are taken over.
-        totals: what the whole step holds.
+        totals: what the whole step holds, of what each layer sees where they differ.
         weights: a loss with weight 0 is a reading, which carries no gradient.
     """
 
-    def z(layer: int, routing: Routing, totals: StepTotals) -> Float[Tensor, ""]:
-        return z_loss(routing, num_tokens=totals.real_tokens)
+    of_layer = _of_layers(totals, len(layers))
+
+    def z(layer: int, routing: Routing, seen: StepTotals) -> Float[Tensor, ""]:
+        return z_loss(routing, num_tokens=seen.real_tokens)
 
     def of_layers(loss: Callable[..., Tensor], weight: float) -> Float[Tensor, " L"]:
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
-            values = [loss(number, routing, totals) for number, routing in enumerate(layers)]
+            values = [
+                loss(number, routing, seen)
+                for number, (routing, seen) in enumerate(zip(layers, of_layer, strict=True))
+            ]
             return torch.stack(values)
 
     return RouterLosses(
@@ -367,3 +384,7 @@ def router_losses(
         importance=of_layers(scope.importance, weights.importance),
         z=of_layers(z, weights.z),
     )
+
+
+def _of_layers(totals: Totals, number: int) -> Sequence[StepTotals]:
+    return [totals] * number if isinstance(totals, StepTotals) else totals

@@ -1,6 +1,6 @@
 """Rows on their way into the trainer: the stream it reads, micro-batches, and what a step holds."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,11 +11,12 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from flanmoe.core.errors import DataError
 from flanmoe.data.collate import collate
-from flanmoe.data.example import Packed
+from flanmoe.data.example import Packed, PackedPair
 
+Row = Packed | PackedPair
 Batch = dict[str, Tensor]
 
-_IGNORED = -100
+IGNORED = -100
 
 
 @runtime_checkable
@@ -27,7 +28,7 @@ class RowStream(Protocol):
         """Whether a row may hold more than one example."""
         ...
 
-    def __iter__(self) -> Iterator[Packed]:
+    def __iter__(self) -> Iterator[Row]:
         """Go on after the row given last."""
         ...
 
@@ -50,7 +51,7 @@ class FixedRows:
         DataError: if there are none.
     """
 
-    def __init__(self, rows: Sequence[Packed]) -> None:
+    def __init__(self, rows: Sequence[Row]) -> None:
         if not rows:
             raise DataError("Training needs at least 1 packed row, but there are 0. Add examples.")
         self._rows = tuple(rows)
@@ -61,10 +62,10 @@ class FixedRows:
         """Whether any row holds more than one example."""
         return any(len(row.tasks) > 1 for row in self._rows)
 
-    def __iter__(self) -> Iterator[Packed]:
+    def __iter__(self) -> Iterator[Row]:
         return self
 
-    def __next__(self) -> Packed:
+    def __next__(self) -> Row:
         row = self._rows[self._given % len(self._rows)]
         self._given += 1
         return row
@@ -78,23 +79,31 @@ class FixedRows:
         self._given = int(state["rows"])
 
 
-class _Rows(IterableDataset[Packed]):
-    def __init__(self, stream: Iterable[Packed]) -> None:
+class _Rows(IterableDataset[Row]):
+    def __init__(self, stream: Iterable[Row]) -> None:
         super().__init__()
         self._stream = stream
 
-    def __iter__(self) -> Iterator[Packed]:
+    def __iter__(self) -> Iterator[Row]:
         return iter(self._stream)
 
 
-def micro_batches(stream: Iterable[Packed], *, rows: int) -> DataLoader[Any]:
-    """Return a loader of collated micro-batches of `rows` rows each."""
+def micro_batches(
+    stream: Iterable[Row], *, rows: int, collated: Callable[[list[Any]], Batch] = collate
+) -> DataLoader[Any]:
+    """Return a loader of micro-batches of `rows` rows each.
+
+    Args:
+        stream: the rows, in order.
+        rows: rows of a micro-batch.
+        collated: makes a batch of them.
+    """
     # A generator of its own: a loader draws a number when iteration starts, which would shift the
     # draws of a resumed run.
     return DataLoader(
         _Rows(stream),
         batch_size=rows,
-        collate_fn=collate,
+        collate_fn=collated,
         num_workers=0,
         generator=torch.Generator(),
     )
@@ -103,6 +112,8 @@ def micro_batches(stream: Iterable[Packed], *, rows: int) -> DataLoader[Any]:
 @dataclass(frozen=True, slots=True)
 class StepTotals:
     """What the micro-batches of one optimizer step hold together, over all processes.
+
+    Of a decoder, of one side of an encoder-decoder, or of both sides together.
 
     Attributes:
         rows: packed rows.
@@ -122,21 +133,43 @@ class StepTotals:
 
     @classmethod
     def of(cls, batches: Sequence[Batch]) -> "StepTotals":
-        """Count the micro-batches of one process."""
-        real = [int(valid_tokens(batch).sum()) for batch in batches]
-        return cls(
-            rows=sum(len(batch["input_ids"]) for batch in batches),
-            micro_batches=len(batches),
-            examples=sum(_num_examples(batch) for batch in batches),
-            real_tokens=sum(real),
-            padding_tokens=sum(batch["input_ids"].numel() for batch in batches) - sum(real),
+        """Count the micro-batches of one process, those of a decoder."""
+        return cls.of_segments(
+            [batch["segment_ids"] for batch in batches],
             loss_tokens=sum(int(_is_target(batch).sum()) for batch in batches),
+        )
+
+    @classmethod
+    def of_segments(
+        cls, segments: Sequence[Int[Tensor, "_ _"]], *, loss_tokens: int
+    ) -> "StepTotals":
+        """Count micro-batches of one process by the segment ids of their tokens, 0 for padding."""
+        real = [int((ids != 0).sum()) for ids in segments]
+        return cls(
+            rows=sum(len(ids) for ids in segments),
+            micro_batches=len(segments),
+            examples=sum(_num_examples(ids) for ids in segments),
+            real_tokens=sum(real),
+            padding_tokens=sum(ids.numel() for ids in segments) - sum(real),
+            loss_tokens=loss_tokens,
         )
 
     @property
     def tokens(self) -> int:
         """Real and padding tokens together."""
         return self.real_tokens + self.padding_tokens
+
+    @classmethod
+    def together(cls, sides: Collection["StepTotals"]) -> "StepTotals":
+        """Put all sides of the same rows together: their tokens add up, and nothing else does."""
+        return cls(
+            rows=max(side.rows for side in sides),
+            micro_batches=max(side.micro_batches for side in sides),
+            examples=max(side.examples for side in sides),
+            real_tokens=sum(side.real_tokens for side in sides),
+            padding_tokens=sum(side.padding_tokens for side in sides),
+            loss_tokens=sum(side.loss_tokens for side in sides),
+        )
 
 
 def valid_tokens(batch: Batch) -> Bool[Tensor, " T"]:
@@ -146,9 +179,7 @@ def valid_tokens(batch: Batch) -> Bool[Tensor, " T"]:
 
 def example_numbers(batch: Batch) -> Int[Tensor, " T"]:
     """Return for each token a number that only the tokens of the same example in the batch share."""
-    segments = batch["segment_ids"]
-    rows = torch.arange(len(segments), device=segments.device).unsqueeze(1)
-    return (rows * (segments.max() + 1) + segments).reshape(-1)
+    return _numbers(batch["segment_ids"]).reshape(-1)
 
 
 def target_positions(batch: Batch) -> Int[Tensor, " K"]:
@@ -157,8 +188,13 @@ def target_positions(batch: Batch) -> Int[Tensor, " K"]:
 
 
 def _is_target(batch: Batch) -> Bool[Tensor, "B M"]:
-    return batch["labels"][:, 1:] != _IGNORED
+    return batch["labels"][:, 1:] != IGNORED
 
 
-def _num_examples(batch: Batch) -> int:
-    return len(example_numbers(batch)[valid_tokens(batch)].unique())
+def _numbers(segments: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+    rows = torch.arange(len(segments), device=segments.device).unsqueeze(1)
+    return rows * (segments.max() + 1) + segments
+
+
+def _num_examples(segments: Int[Tensor, "B L"]) -> int:
+    return len(_numbers(segments)[segments != 0].unique())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flanmoe.moe.routing import Routing
+from flanmoe.training.drops import LayerDrops
 from flanmoe.training.report import RouterReport, StepReport
 from flanmoe.training.router_losses import LayerUse, RouterLossConfig, RouterLosses
 from flanmoe.training.rows import StepTotals
@@ -19,22 +20,26 @@ class Step:
 
     Attributes:
         totals: what it holds over all processes.
+        of_layers: of that what the routers of each sparse layer see, those of its side.
         num_batches: micro-batches on this process.
         done: how many of them have been through the model.
         cross_entropy: sum of what they added to the cross-entropy.
         losses: the same for the raw router losses; None for a dense model.
         use: expert use in what they asked for, layer by layer, where a scope keeps it.
         counts: assignments that each expert got, layer by layer.
+        drops: what found no expert, layer by layer.
         counted_tokens, counting_seconds: what counting them beforehand took.
     """
 
     totals: StepTotals
+    of_layers: Sequence[StepTotals]
     num_batches: int
     done: int = 0
     cross_entropy: Tensor | float = 0.0
     losses: RouterLosses | None = None
     use: list[LayerUse] = field(default_factory=list[LayerUse])
     counts: list[Tensor] = field(default_factory=list[Tensor])
+    drops: list[LayerDrops] = field(default_factory=list[LayerDrops])
     counted_tokens: int = 0
     counting_seconds: float = 0.0
 
@@ -53,6 +58,7 @@ class Step:
             self.losses = self.losses + losses if self.losses else losses
             self.use = added(self.use, use)
             self.counts = added(self.counts, [layer.expert_counts() for layer in layers])
+            self.drops = added(self.drops, [LayerDrops.of(layer) for layer in layers])
 
     def sum_over(self, processes: Callable[[Tensor], Tensor]) -> None:
         """Replace what this process found by the sums over all processes.
@@ -61,6 +67,7 @@ class Step:
             processes: adds up a tensor over them; every process must call this.
         """
         self.counts = [processes(layer) for layer in self.counts]
+        self.drops = [layer.summed(processes) for layer in self.drops]
         self.cross_entropy = float(processes(torch.as_tensor(self.cross_entropy)))
         self.use = [layer.summed(processes) for layer in self.use]
         if self.losses:
@@ -94,10 +101,11 @@ class Step:
             raw=raw,
             weighted={name: weights[name] * value for name, value in raw.items()},
             counts=tuple(counts.cpu() for counts in self.counts),
+            drops=tuple(LayerDrops(layer.counts.cpu()) for layer in self.drops),
         )
 
 
-_T = TypeVar("_T", Tensor, LayerUse)
+_T = TypeVar("_T", Tensor, LayerUse, LayerDrops)
 
 
 def added(total: Sequence[_T], layers: Sequence[_T]) -> list[_T]:

@@ -1,63 +1,53 @@
-"""`SparseTrainer`: transformers.Trainer that owns the whole loss of a decoder, sparse or dense.
+"""`SparseTrainer`: transformers.Trainer that owns the whole loss of a model, sparse or dense.
 
 An optimizer step is made of micro-batches on several processes. Whatever enters the loss is divided
 by what the whole step holds, so that the gradient does not depend on how the step is cut:
-cross-entropy by the loss tokens, router losses by the real tokens or the examples.
+cross-entropy by the loss tokens, router losses by the real tokens or the examples that the routers of
+their side see. What a batch is, of a decoder or of an encoder-decoder, is a `BatchForm`'s business.
 """
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
 )
 from transformers import TrainingArguments as Arguments
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from flanmoe.core.errors import DataError, FlanmoeError, ModelError
+from flanmoe.core.errors import DataError, FlanmoeError
 from flanmoe.models.blocks import moe_blocks
-from flanmoe.models.packing import require_packing_without_leak
 from flanmoe.models.router_precision import run_routers_outside_autocast
 from flanmoe.moe.recorder import RoutingRecorder
 from flanmoe.moe.routing import Routing
 from flanmoe.training import checkpoints
+from flanmoe.training.batch_forms import form_of
 from flanmoe.training.callbacks.base import StepCallback
 from flanmoe.training.cross_entropy import summed_cross_entropy
 from flanmoe.training.interruption import StopRequest
+from flanmoe.training.model_checks import require_batches_understood, require_full_precision
 from flanmoe.training.router_losses import (
     LayerUse,
     RouterLossConfig,
     router_losses,
     scope_of,
 )
-from flanmoe.training.rows import (
-    Batch,
-    RowStream,
-    StepTotals,
-    example_numbers,
-    micro_batches,
-    target_positions,
-    valid_tokens,
-)
+from flanmoe.training.rows import Batch, RowStream, StepTotals, micro_batches
+from flanmoe.training.saving import SavingTrainer
 from flanmoe.training.sharding import (
     Sharding,
-    full_weights,
     give_back,
     refuse_other_sharding,
     sharded_copy,
@@ -66,19 +56,20 @@ from flanmoe.training.sharding import (
 from flanmoe.training.step import Step, added
 
 
-class SparseTrainer(Trainer):
+class SparseTrainer(SavingTrainer):
     """Trains on packed rows with cross-entropy and, for sparse models, router losses.
 
-    The model's own auxiliary loss stays off. Logits are computed only where the next token enters
-    the loss. The model is given `position_ids` that restart with every example, no attention mask
-    and no cache, which keeps the examples of a row apart in most native transformers decoders; where
-    rows are shared, that is checked on the model before anything else.
+    The model's own auxiliary loss stays off. Logits are computed only where a prediction enters the
+    loss. Where rows are shared, the model is asked before anything else whether it keeps their examples
+    apart.
 
     Args:
-        model: a causal language model; sparse blocks are found by capability.
+        model: a causal language model, FlanMoeT5, or a dense encoder-decoder of transformers; sparse
+            blocks are found by capability.
         args: as `training_arguments` makes them; every step must be logged.
         stream: source of packed rows, already sliced for this process.
         router: router losses; without effect on a dense model.
+        optimizer: class and settings of an optimizer in place of the one that `args` name.
         callbacks: told about every step, in order.
         keep_checkpoints: how many complete checkpoints stay on disk.
         stop: asked after every step; when set on any process, the run saves and stops.
@@ -96,6 +87,7 @@ class SparseTrainer(Trainer):
         *,
         stream: RowStream,
         router: RouterLossConfig | None = None,
+        optimizer: tuple[type[Optimizer], Mapping[str, Any]] | None = None,
         callbacks: Sequence[StepCallback] = (),
         keep_checkpoints: int = 1,
         stop: StopRequest | None = None,
@@ -104,17 +96,27 @@ class SparseTrainer(Trainer):
         if args.logging_strategy != "steps" or args.logging_steps != 1:
             raise ValueError("SparseTrainer reports every step: `logging_steps` must be 1.")
         refuse_other_sharding(args)
-        _require_full_precision(model)
+        require_full_precision(model)
         run_routers_outside_autocast(model)
-        if stream.shares_rows:
-            # While the model is whole and without autocast, so that every process finds the same.
-            require_packing_without_leak(model)
+        self.form = form_of(model)
+        require_batches_understood(
+            model,
+            moe_blocks(model),
+            self.form,
+            shares_rows=stream.shares_rows,
+            sharding=sharding,
+        )
         self._given = model
         self._sharding: Sharding = sharding
         if sharding == "fsdp":
             model = sharded_copy(model, args.device)
         use_cache = model.config.use_cache
-        super().__init__(model=model, args=args, callbacks=[_Start(self)])
+        super().__init__(
+            model=model,
+            args=args,
+            callbacks=[_Start(self)],
+            optimizer_cls_and_kwargs=(optimizer[0], dict(optimizer[1])) if optimizer else None,
+        )
         # transformers switches the cache off in the config, from where it would get into what is
         # saved; here it is off in each call.
         model.config.use_cache = use_cache
@@ -164,25 +166,12 @@ class SparseTrainer(Trainer):
         for callback in self.step_callbacks:
             callback.start(step)
 
-    # ---- Sharding ----
-
-    def _leave_sharding_alone(self) -> None:
-        # Read by transformers: neither wrap the model for data parallelism nor spread it again.
-        self.is_distributed_loading_by_transformers = True
-        # The cache would hold every gathered weight a second time, in bfloat16, until the end of
-        # the forward pass.
-        cast(Any, self.accelerator).autocast_handler = AutocastKwargs(cache_enabled=False)
-
-    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        # Sharded weights are where they belong.
-        if self._sharding == "none":
-            super()._move_model_to_device(model, device)
-
     # ---- Data ----
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return a plain loader: the stream slices by process itself, so accelerate must not."""
-        return micro_batches(self.stream, rows=self.args.per_device_train_batch_size)
+        rows = self.args.per_device_train_batch_size
+        return micro_batches(self.stream, rows=rows, collated=self.form.collated)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -198,13 +187,17 @@ class SparseTrainer(Trainer):
                 f"Training needs {num_batches} micro-batches for each step, but the data ended "
                 f"{len(batches)} into step {self.state.global_step + 1}. Use a stream that repeats."
             )
-        totals = self._summed_totals(StepTotals.of(batches))
+        sides = {
+            side: self._summed_totals(totals) for side, totals in self.form.totals(batches).items()
+        }
+        totals = StepTotals.together(sides.values())
         if totals.loss_tokens == 0:
             raise DataError(
                 f"A step needs at least 1 token that enters the loss, but the {totals.rows} rows "
                 f"of step {self.state.global_step + 1} hold 0. Check the responses of the data."
             )
-        self._step = Step(totals=totals, num_batches=len(batches))
+        of_layers = [sides[self.form.side_of(block)] for block in self.blocks]
+        self._step = Step(totals=totals, of_layers=of_layers, num_batches=len(batches))
         if self.blocks and self.scope.needs_use and num_batches > 1:
             self._count_experts(batches)
         return batches, torch.tensor(totals.loss_tokens, device=device)
@@ -238,7 +231,7 @@ class SparseTrainer(Trainer):
             for batch in batches:
                 moved = cast(Batch, self._prepare_inputs(cast(Any, batch)))
                 no_logits = torch.empty(0, dtype=torch.long, device=device)
-                _, layers = self._forward(model, moved, logits_to_keep=no_logits)
+                _, layers = self._forward(model, moved, positions=no_logits)
                 use = added(use, self._use(layers))
         self._start_scope(use)
         step.counted_tokens = step.totals.tokens
@@ -250,19 +243,13 @@ class SparseTrainer(Trainer):
 
     def _start_scope(self, use: Sequence[LayerUse]) -> None:
         summed = [layer.summed(self._summed) for layer in use]
-        self.scope.start_step(summed, self._current_step().totals)
+        self.scope.start_step(summed, self._current_step().of_layers)
 
     def _forward(
-        self, model: nn.Module, batch: Batch, *, logits_to_keep: Tensor
+        self, model: nn.Module, batch: Batch, *, positions: Tensor
     ) -> tuple[Any, list[Routing]]:
-        valid, segments = valid_tokens(batch), example_numbers(batch)
-        with self._recorder.recording(valid=valid, segments=segments) as layers:
-            outputs = model(
-                input_ids=batch["input_ids"],
-                position_ids=batch["position_ids"],
-                use_cache=False,
-                logits_to_keep=logits_to_keep,
-            )
+        with self._recorder.recording(**self.form.told_to_recorder(batch)) as layers:
+            outputs = self.form.run(model, batch, positions=positions)
         return outputs, layers
 
     def compute_loss(
@@ -277,9 +264,9 @@ class SparseTrainer(Trainer):
         It is multiplied by the number of processes, over which gradients are averaged afterwards.
         """
         step = self._current_step()
-        positions = target_positions(inputs)
-        outputs, layers = self._forward(model, inputs, logits_to_keep=positions)
-        summed = summed_cross_entropy(outputs.logits, inputs["labels"][:, positions + 1])
+        targets = self.form.targets(inputs)
+        outputs, layers = self._forward(model, inputs, positions=targets.positions)
+        summed = summed_cross_entropy(outputs.logits, targets.labels)
         loss = cross_entropy = summed / step.totals.loss_tokens
         losses, use = None, list[LayerUse]()
         if layers:
@@ -289,7 +276,7 @@ class SparseTrainer(Trainer):
             if starts_scope:
                 self._start_scope(use)
             losses = router_losses(
-                layers, scope=self.scope, totals=step.totals, weights=self.router_config.weights
+                layers, scope=self.scope, totals=step.of_layers, weights=self.router_config.weights
             )
             loss = loss + losses.total(self.router_config)
         step.add(cross_entropy, losses, layers, use)
@@ -315,7 +302,7 @@ class SparseTrainer(Trainer):
         self._require_finite("loss", float(step.cross_entropy))
         self._stop_agreed = bool(self._summed(torch.tensor(int(self.stop.is_set))))
         if self.scope.keeps_use:
-            self.scope.finish_step(step.use, step.totals)
+            self.scope.finish_step(step.use, step.of_layers)
 
     def _current_step(self) -> Step:
         if self._step is None:
@@ -359,51 +346,6 @@ class SparseTrainer(Trainer):
 
     # ---- Checkpoints ----
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(str(self.args.output_dir))
-        step = self.state.global_step
-        with checkpoints.writing(folder, step=step, is_writer=self.args.should_save) as partial:
-            self._save_weights(partial)
-            self._save_optimizer_and_scheduler(str(partial))
-            self._save_scaler(str(partial))
-            self._save_rng_state(str(partial))
-            if self.args.should_save:
-                self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
-            process = self.args.process_index
-            checkpoints.write_run_state(partial, self._run_state(), process=process)
-            self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoints.remove_older(folder, keep=self.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
-
-    def _save_weights(self, folder: Path) -> None:
-        weights = None
-        if self._sharding == "fsdp":
-            weights = full_weights(cast(PreTrainedModel, self.model))
-        if self.args.should_save:
-            self._save(str(folder), state_dict=weights)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._sharding == "none":
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        model, optimizer, scheduler = self._prepared()
-        checkpoints.save_sharded_optimizer(model, optimizer, Path(output_dir))
-        if self.args.should_save:
-            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self._sharding == "none" or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        model, optimizer, scheduler = self._prepared()
-        checkpoints.load_sharded_optimizer(model, optimizer, Path(checkpoint))
-        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
-
-    def _prepared(self) -> tuple[PreTrainedModel, Optimizer, LRScheduler]:
-        model = cast(PreTrainedModel, self.model)
-        return model, cast(Optimizer, self.optimizer), cast(LRScheduler, self.lr_scheduler)
-
     def _run_state(self) -> checkpoints.RunState:
         return checkpoints.RunState(
             rows_trained=self._rows_trained,
@@ -413,40 +355,12 @@ class SparseTrainer(Trainer):
             layout=self._layout,
         )
 
-    @property
-    def _layout(self) -> checkpoints.Layout:
-        return checkpoints.Layout(num_processes=self.args.world_size, sharding=self._sharding)
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        # transformers' own loading does not know the per-expert names that sparse models have on
-        # disk: it would keep the experts as they are and only warn.
-        folder = Path(resume_from_checkpoint)
-        state = checkpoints.read_run_state(
-            folder, layout=self._layout, process=self.args.process_index
-        )
-        own = cast(PreTrainedModel, self.model)
-        if self._sharding == "fsdp":
-            checkpoints.load_sharded_weights(own, folder, kind=type(self._given))
-        else:
-            checkpoints.load_weights(own, folder)
+    def _go_on_from(self, state: checkpoints.RunState) -> None:
         self._rows_trained = state.rows_trained
         self.stream.load_state_dict(state.stream)
         self.scope.load_state_dict(state.scope)
         for callback in self.step_callbacks:
             callback.load_state_dict(state.callbacks[callback.name])
-
-
-def _require_full_precision(model: nn.Module) -> None:
-    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
-    small = {str(value.dtype).rpartition(".")[2] for value in trained if value.itemsize < 4}
-    if small:
-        raise ModelError(
-            f"Tuning needs weights in float32, but some are in {', '.join(sorted(small))}, which "
-            "swallows most updates at fine-tuning rates. Load the model with `dtype=torch.float32`; "
-            "`precision: bfloat16` computes in bfloat16 all the same."
-        )
 
 
 class _Start(TrainerCallback):

@@ -14,10 +14,16 @@ from flanmoe.core.ledger import Ledger
 from flanmoe.core.rundir import RunDir
 from flanmoe.core.seeds import SeedTree
 from flanmoe.models.blocks import moe_blocks
+from flanmoe.models.dropout import dropout
 from flanmoe.models.expert_dropout import expert_dropout
 from flanmoe.models.freezing import WhatTrains, frozen, trains_table, what_trains
 from flanmoe.moe.block import MoEBlock
-from flanmoe.training.arguments import TuneConfig, training_arguments
+from flanmoe.training.arguments import (
+    TuneConfig,
+    chosen_optimizer,
+    require_target_length,
+    training_arguments,
+)
 from flanmoe.training.callbacks.base import StepCallback
 from flanmoe.training.callbacks.ledger import LedgerKeeper
 from flanmoe.training.callbacks.metrics_log import METRICS_FILE, MetricsLog
@@ -49,12 +55,13 @@ class TrainedLoad(Config):
     """How often each expert was chosen over the whole run.
 
     Attributes:
-        layers: number of each sparse layer in its model.
+        layers: number of each sparse layer in its model, or on its side of an encoder-decoder.
         counts: for each of them the assignments of each expert.
         shares: the same as shares, which sum to 1.
         entropy_nats: for each of them the entropy of the shares; ln(experts) means even use.
         unused_share: for each of them the share of experts that no token was sent to.
         max_over_mean: for each of them the busiest expert as a multiple of the even share.
+        names: for each of them the path of the block in the model.
     """
 
     layers: tuple[int, ...]
@@ -63,6 +70,20 @@ class TrainedLoad(Config):
     entropy_nats: tuple[float, ...]
     unused_share: tuple[float, ...]
     max_over_mean: tuple[float, ...]
+    names: tuple[str, ...] = ()
+
+
+class TrainedDrops(Config):
+    """What found no expert over the whole run, for each sparse layer in the order of `TrainedLoad`.
+
+    Attributes:
+        dropped_share: choices that were asked for and did not fit, over all that were asked for; 0 where
+            experts choose.
+        unserved_share: tokens that no expert took, over all real tokens.
+    """
+
+    dropped_share: tuple[float, ...]
+    unserved_share: tuple[float, ...]
 
 
 class TuneResult(Config):
@@ -75,6 +96,7 @@ class TuneResult(Config):
         final_loss: cross-entropy of the last step, in nats per loss token.
         loss_history: cross-entropy of each step.
         expert_load: use of experts over the run, None for a dense model.
+        drops: what found no expert over the run, None for a dense model.
         router_losses: whether router losses entered the loss.
         router_settings: their coefficients and scope; empty for a dense model.
         router_last: their raw and weighted values in the last step; empty for a dense model.
@@ -91,6 +113,7 @@ class TuneResult(Config):
     router_settings: dict[str, float | str]
     router_last: dict[str, float]
     trains: WhatTrains
+    drops: TrainedDrops | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +146,16 @@ def tune(
     all must see; the records in `run` itself are those of the first.
 
     Args:
-        model: a causal language model with float32 weights.
-        stream: source of packed rows; its position is part of every checkpoint.
+        model: a causal language model, FlanMoeT5 or a dense T5, with float32 weights.
+        stream: source of packed rows of its kind; its position is part of every checkpoint.
         config: steps, rates, router losses, freezing, expert dropout, checkpoints.
         run: the folder that metrics, routing and checkpoints are written to.
         seeds: the branch of the seed tree that belongs to this run.
-        flops_per_token: training FLOPs of one token (forward and backward) for the ledger.
+        flops_per_token: of training, forward and backward; a mean over the tokens of both sides.
         resume: go on from the newest complete checkpoint in `run`.
 
     Raises:
+        ConfigError: if `target_length` or `sharding` does not suit the kind of model.
         RunError: if `resume` is set and there is no complete checkpoint.
         ModelError: if weights are in less than float32, examples that share a row see each other,
             or `freeze` or `expert_dropout` does not suit the model.
@@ -140,15 +164,13 @@ def tune(
         DataError: if the stream ends or a step has no token that enters the loss.
         FlanmoeError: if the loss or the gradient is not finite.
     """
+    require_target_length(config, is_encoder_decoder=model.config.is_encoder_decoder)
     arguments = training_arguments(config, run.file(CHECKPOINTS_FOLDER), seeds)
     checkpoint = _checkpoint_to_resume(run) if resume else None
     blocks = moe_blocks(model)
     own = _own_records(run, arguments.process_index)
-    records = _Records(
-        ledger=LedgerKeeper(flops_per_token=flops_per_token, device=arguments.device),
-        metrics=MetricsLog(own),
-        routing=RoutingLog(own, blocks),
-    )
+    ledger = LedgerKeeper(flops_per_token=flops_per_token, device=arguments.device)
+    records = _Records(ledger, MetricsLog(own), RoutingLog(own, blocks))
 
     def trainer_of(stop: StopRequest, display: StepCallback) -> SparseTrainer:
         return SparseTrainer(
@@ -156,6 +178,7 @@ def tune(
             arguments,
             stream=stream,
             router=config.router,
+            optimizer=chosen_optimizer(config),
             callbacks=(*records.all, display),
             keep_checkpoints=config.keep_checkpoints,
             stop=stop,
@@ -173,7 +196,11 @@ def _as_configured(
     model: PreTrainedModel, config: TuneConfig, *, is_shown: bool
 ) -> Generator[WhatTrains]:
     """Freeze and drop as configured; a later stage must not inherit it by accident."""
-    with frozen(model, config.freeze), expert_dropout(model, config.expert_dropout):
+    with (
+        frozen(model, config.freeze),
+        dropout(model, config.dropout),
+        expert_dropout(model, config.expert_dropout),
+    ):
         trains = what_trains(model)
         if is_shown and trains.trained < trains.parameters:
             show_table(trains_table(trains))
@@ -242,6 +269,7 @@ def _result(
         router_settings=dict(config.router.to_mapping()) if blocks else {},
         router_last={name: rows[-1][name] for name in rows[-1] if name.startswith("router/")},
         trains=trains,
+        drops=_trained_drops(records.routing) if blocks else None,
     )
 
 
@@ -254,4 +282,12 @@ def _trained_load(blocks: Sequence[MoEBlock], routing: RoutingLog) -> TrainedLoa
         entropy_nats=tuple(layer["entropy_nats"] for layer in layers),
         unused_share=tuple(layer["unused_share"] for layer in layers),
         max_over_mean=tuple(layer["max_over_mean"] for layer in layers),
+        names=tuple(block.name for block in blocks),
+    )
+
+
+def _trained_drops(routing: RoutingLog) -> TrainedDrops:
+    return TrainedDrops(
+        dropped_share=tuple(layer.dropped_share for layer in routing.drops),
+        unserved_share=tuple(layer.unserved_share for layer in routing.drops),
     )

@@ -16,6 +16,7 @@ from flanmoe.models.flan_moe_t5 import FlanMoeT5Config, FlanMoeT5ForConditionalG
 from flanmoe.models.loading import load_model
 from flanmoe.moe.experts import expert_ffn_reference
 from flanmoe.moe.recorder import RoutingRecorder
+from flanmoe.moe.replay import RoutingReplay
 
 VOCABULARY = 61
 SHAPE: dict[str, Any] = {
@@ -39,7 +40,9 @@ ROUTERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def model_with(routers: str, **values: Any) -> FlanMoeT5ForConditionalGeneration:
     torch.manual_seed(0)
     encoder, decoder = ROUTERS[routers]
-    config = FlanMoeT5Config(**{**SHAPE, "encoder_router": encoder, "decoder_router": decoder, **values})
+    config = FlanMoeT5Config(
+        **{**SHAPE, "encoder_router": encoder, "decoder_router": decoder, **values}
+    )
     return FlanMoeT5ForConditionalGeneration(config).eval()
 
 
@@ -154,7 +157,7 @@ def test_a_sparse_layer_is_the_sum_over_its_experts() -> None:
     block: Any = model.encoder.block[1]
     seen: list[Tensor] = []
     block.layer[2].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    found = layer(hidden, valid=None, segments=None, replay=_new_replay())
+    found = layer(hidden, valid=None, segments=None, replay=RoutingReplay())
     torch.testing.assert_close(found, hidden + expected.view_as(hidden), atol=1e-5, rtol=1e-5)
     # The extra FFN reads what the sparse layer wrote, and adds to it.
     inputs = tokens(2, 5)
@@ -176,12 +179,6 @@ def test_the_extra_ffn_can_be_narrower() -> None:
     assert widths["encoder.block.1.layer.2.DenseReluDense.wi_0.weight"] == 6
     assert widths["decoder.block.3.layer.3.DenseReluDense.wi_0.weight"] == 6
     assert widths["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"] == SHAPE["d_ff"]
-
-
-def _new_replay() -> Any:
-    from flanmoe.moe.replay import RoutingReplay
-
-    return RoutingReplay()
 
 
 @pytest.mark.parametrize("routers", ROUTERS)
@@ -251,7 +248,9 @@ def test_writing_with_a_cache_is_writing_without(routers: str) -> None:
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
     for beams in (1, 2):
         kept = model.generate(inputs, num_beams=beams, use_cache=True, **options)
-        assert torch.equal(kept, model.generate(inputs, num_beams=beams, use_cache=False, **options))
+        assert torch.equal(
+            kept, model.generate(inputs, num_beams=beams, use_cache=False, **options)
+        )
     greedy = torch.zeros((3, 1), dtype=torch.long)
     encoded = model.encoder(input_ids=inputs)
     for _ in range(5):
@@ -330,7 +329,10 @@ def test_expert_dropout_is_apart_from_dropout() -> None:
         ({"encoder_router": TOP_K, "encoder_sparse_every": 9}, "none of the 4 layers is sparse"),
         ({"decoder_sparse_every": 0}, "`decoder_sparse_every` must be at least 1, but is 0"),
         ({"extra_dense_ffn": True}, "but no layer is sparse"),
-        ({"encoder_router": TOP_K, "extra_ffn_width": 8}, "only has an effect with `extra_dense_ffn`"),
+        (
+            {"encoder_router": TOP_K, "extra_ffn_width": 8},
+            "only has an effect with `extra_dense_ffn`",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_named(values: dict[str, Any], said: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from flanmoe.training.drops import LayerDrops
 from flanmoe.training.report import RouterReport, StepReport
 from flanmoe.training.rows import StepTotals
 
@@ -21,6 +22,10 @@ def report() -> Callable[..., StepReport]:
             raw={"balance": 3.0, "importance": 0.5, "z": 5.0},
             weighted={"balance": 0.03, "importance": 0.0, "z": 0.005},
             counts=(torch.tensor([3, 0, 1]), torch.tensor([2, 2, 0])),
+            drops=(
+                LayerDrops(torch.tensor([8, 4, 5, 2])),
+                LayerDrops(torch.tensor([0, 0, 5, 1])),
+            ),
         )
         values = StepReport(
             step=step,

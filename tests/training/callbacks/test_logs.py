@@ -75,6 +75,11 @@ def test_routing_of_a_step_and_of_the_run(tmp_path: Path, report: Report) -> Non
     assert first["fractions"] == [0.75, 0.0, 0.25]
     assert first["unused_share"] == pytest.approx(1 / 3)
     assert [layer["counts"] for layer in log.load.to_mapping()] == [[6, 0, 2], [4, 4, 0]]
+    assert (first["name"], second["name"]) == ("model.layers.0.mlp", "model.layers.1.mlp")
+    assert (first["dropped_share"], first["unserved_share"]) == (0.5, 0.4)
+    # Nobody asked where experts choose.
+    assert (second["dropped_share"], second["unserved_share"]) == (0.0, 0.2)
+    assert [layer.counts.tolist() for layer in log.drops] == [[16, 8, 10, 4], [0, 0, 10, 2]]
 
 
 def test_the_load_of_a_run_survives(tmp_path: Path, report: Report) -> None:
@@ -87,6 +92,9 @@ def test_the_load_of_a_run_survives(tmp_path: Path, report: Report) -> None:
     second.start(1)
     second.after_step(report(2))
     assert second.load.to_mapping() == first.load.to_mapping()
+    assert [layer.to_mapping() for layer in second.drops] == [
+        layer.to_mapping() for layer in first.drops
+    ]
     assert [row["step"] for row in RunDir(tmp_path).rows(ROUTING_FILE)] == [1, 2]
 
 

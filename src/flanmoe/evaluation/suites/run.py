@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from flanmoe.core.seeds import SeedTree
 from flanmoe.data.example import Example
 from flanmoe.data.tasks import Task
 from flanmoe.evaluation.averages import average
-from flanmoe.evaluation.lm import Journal, Listener, build_lm, quiet_lm_eval
+from flanmoe.evaluation.lm import Journal, LanguageModel, Listener, build_lm, quiet_lm_eval
 from flanmoe.evaluation.lm.work import Spent
 from flanmoe.evaluation.model_hash import model_hash
 from flanmoe.evaluation.results import ExampleRecord, SkippedTask, SuiteResult
@@ -118,8 +119,7 @@ def evaluate_loaded(
     requests; one that is there already is gone on with. `listener` is told whose token each one of a pass is.
 
     Raises:
-        DataError: if there is no question.
-        ModelError: if the model's likelihoods are no numbers.
+        DataError, ModelError: as `evaluate_suite` does.
         RunError: if the journal belongs to other weights, settings or versions.
     """
     chosen = choose(loaded, config.limit, seeds=seeds)
@@ -143,10 +143,7 @@ def evaluate_loaded(
             journal=finished,
             listener=listener,
         )
-
-        def spent() -> Spent:
-            return Spent.of(lm.work, time.monotonic() - start)
-
+        spent = partial(_spent, lm, start)
         finished.account(spent)
         apart = bool(getattr(model.config, "is_encoder_decoder", False))
         asking = Asking(lm.tokenizer, lm.encode, lm.truncates, most, answers_apart=apart)
@@ -165,6 +162,10 @@ def evaluate_loaded(
         examples=tuple(records),
         **identity,
     )
+
+
+def _spent(lm: LanguageModel, start: float) -> Spent:
+    return Spent.of(lm.work, time.monotonic() - start)
 
 
 def _totals(records: Sequence[ExampleRecord], cost: Spent) -> dict[str, Any]:

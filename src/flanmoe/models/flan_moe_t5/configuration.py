@@ -29,9 +29,9 @@ _ACTIVATIONS: Mapping[str, str] = {
 class FlanMoeT5Config(PreTrainedConfig):
     """Configuration of `FlanMoeT5ForConditionalGeneration`. Names shared with T5 mean what they mean there.
 
-    Which layers are sparse: with `<side>_router` set and s = `<side>_sparse_every`, layer i of that side, counted
-    from 0, iff i mod s == s - 1 (`sparse_placement: last`; Flaxformer, NLLB-MoE), or iff i mod s == 1, all if s
-    is 1 (`second`; transformers' Switch). The two rules differ from s = 3 on.
+    Which layers are sparse: with `<side>_router` set and s = `<side>_sparse_every`, layer i of that side,
+    counted from 0, iff i mod s == s - 1 (`sparse_placement: last`; Flaxformer, NLLB-MoE), or iff i mod s == 1,
+    all if s is 1 (`second`; transformers' Switch). The two rules differ from s = 3 on.
 
     Attributes:
         encoder_router, decoder_router: settings of a router, as `flanmoe.moe.routers.parse_router` reads them
@@ -43,17 +43,17 @@ class FlanMoeT5Config(PreTrainedConfig):
         extra_dense_ffn: whether every sparse layer has a dense FFN after it, with a norm and a residual
             connection of its own (ST-MoE, arXiv 2202.08906).
         extra_ffn_width: intermediate units of that FFN; None for `d_ff`.
-        feed_forward_proj: `relu` (T5) or `gated-gelu` (T5.1.1); of experts too. Any of relu, silu, gelu, gelu_new,
-            with or without `gated-` before it.
-        tied_head: whether the head is the embedding table. (transformers' `tie_word_embeddings` is always true: it is
-            what makes both sides share one table.)
-        scale_decoder_outputs: whether the head's input is multiplied by d_model ** -0.5; T5 does where it ties, T5.1.1
-            does not.
+        feed_forward_proj: `relu` (T5) or `gated-gelu` (T5.1.1); of experts too. Any of relu, silu, gelu,
+            gelu_new, with or without `gated-` before it.
+        tied_head: whether the head is the embedding table. (transformers' `tie_word_embeddings` is always
+            true: it is what makes both sides share one table.)
+        scale_decoder_outputs: whether the head's input is multiplied by d_model ** -0.5; T5 does where it
+            ties, T5.1.1 does not.
     """
 
     model_type = "flan_moe_t5"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers' way
-    attribute_map = {  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
         "hidden_size": "d_model",
         "num_attention_heads": "num_heads",
         "num_hidden_layers": "num_layers",
@@ -120,8 +120,8 @@ class FlanMoeT5Config(PreTrainedConfig):
         kind = self.feed_forward_proj.rpartition("-")[0]
         if self.dense_act_fn not in _ACTIVATIONS or kind not in ("", "gated"):
             raise ConfigError(
-                f"`feed_forward_proj` must be {listing(_ACTIVATIONS)}, with or without `gated-` before it, but is "
-                f"`{self.feed_forward_proj}`."
+                f"`feed_forward_proj` must be {listing(_ACTIVATIONS)}, with or without `gated-` before it, but "
+                f"is `{self.feed_forward_proj}`."
             )
         if self.sparse_placement not in ("last", "second"):
             raise ConfigError(
@@ -131,13 +131,13 @@ class FlanMoeT5Config(PreTrainedConfig):
             self._check_side(side)
         if self.extra_ffn_width is not None and not self.extra_dense_ffn:
             raise ConfigError(
-                f"`extra_ffn_width` only has an effect with `extra_dense_ffn`, but is {self.extra_ffn_width} without "
-                "it. Set that, or leave it out."
+                "`extra_ffn_width` only has an effect with `extra_dense_ffn`, but is "
+                f"{self.extra_ffn_width} without it. Set that, or leave it out."
             )
         if self.extra_dense_ffn and not any(self.sparse_layers(side) for side in SIDES):
             raise ConfigError(
-                "`extra_dense_ffn` puts an FFN beside each sparse layer, but no layer is sparse. Name a router or leave "
-                "it out."
+                "`extra_dense_ffn` puts an FFN beside each sparse layer, but no layer is sparse. Name a router "
+                "or leave it out."
             )
 
     def _check_side(self, side: Side) -> None:

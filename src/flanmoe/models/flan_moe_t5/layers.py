@@ -52,7 +52,7 @@ class SparseLayerFF(nn.Module):
 
 
 def _extra_ffn(config: FlanMoeT5Config) -> T5LayerFF:
-    own = copy.copy(config)
+    own: Any = copy.copy(config)
     own.d_ff = config.extra_ffn_width or config.d_ff
     return T5LayerFF(own)
 
@@ -68,13 +68,15 @@ class FlanMoeT5Block(GradientCheckpointingLayer):
     def __init__(self, config: FlanMoeT5Config, layer: int) -> None:
         super().__init__()
         side: Side = "decoder" if config.is_decoder else "encoder"
+        # transformers' modules take any configuration with T5's fields.
+        native: Any = config
         self.is_sparse = layer in config.sparse_layers(side)
         self.layer = nn.ModuleList(
             [T5LayerSelfAttention(config, has_relative_attention_bias=layer == 0, layer_idx=layer)]
         )
         if config.is_decoder:
             self.layer.append(T5LayerCrossAttention(config, layer_idx=layer))
-        self.layer.append(SparseLayerFF(config, side) if self.is_sparse else T5LayerFF(config))
+        self.layer.append(SparseLayerFF(config, side) if self.is_sparse else T5LayerFF(native))
         if self.is_sparse and config.extra_dense_ffn:
             self.layer.append(_extra_ffn(config))
 

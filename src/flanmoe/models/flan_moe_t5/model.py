@@ -19,15 +19,15 @@ _IGNORED = -100
 
 
 class FlanMoeT5ForConditionalGeneration(FlanMoeT5PreTrainedModel, GenerationMixin):
-    """A T5 whose FFNs may be routers and experts; `generate`, caches and beam search as in transformers' T5.
+    """A T5 whose FFNs may be routers and experts; `generate`, caches and beams as in transformers' T5.
 
-    Router losses are the trainer's: `loss` is the cross-entropy alone. Routing is read with a `RoutingRecorder`.
+    Router losses are the trainer's: `loss` is the cross-entropy alone. Routing is read by a `RoutingRecorder`.
 
     Args:
         config: shape, routers, experts.
     """
 
-    _tied_weights_keys = {  # noqa: RUF012 - transformers' way
+    _tied_weights_keys = {
         "encoder.embed_tokens.weight": "shared.weight",
         "decoder.embed_tokens.weight": "shared.weight",
     }
@@ -45,12 +45,12 @@ class FlanMoeT5ForConditionalGeneration(FlanMoeT5PreTrainedModel, GenerationMixi
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, FlanMoeT5ForConditionalGeneration):
+        if module is self:
             factor = self.config.initializer_factor
-            init.normal_(module.shared.weight, std=factor)
+            init.normal_(self.shared.weight, std=factor)
             if not self.config.tied_head:
                 # The logits of T5.1.1 are not scaled down, so its head starts small.
-                init.normal_(module.lm_head.weight, std=factor * self.config.d_model**-0.5)
+                init.normal_(self.lm_head.weight, std=factor * self.config.d_model**-0.5)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the table of token embeddings, which both sides share."""
@@ -82,17 +82,14 @@ class FlanMoeT5ForConditionalGeneration(FlanMoeT5PreTrainedModel, GenerationMixi
     ) -> Seq2SeqLMOutput:
         """Return logits, and the mean cross-entropy of the labels where there are some.
 
+        Arguments that T5 has mean what they mean there. `decoder_input_ids` are made from the labels where they
+        are not given.
+
         Args:
-            input_ids, inputs_embeds, attention_mask: the encoder's; 0 in the mask is padding.
-            decoder_input_ids, decoder_inputs_embeds, decoder_attention_mask: the decoder's; the ids are made from
-                the labels where they are not given.
-            encoder_outputs: what the encoder made of the inputs before, in place of computing it.
-            past_key_values, use_cache: the decoder's cache.
-            labels: what the decoder is to write; -100 enters no loss.
-            segment_ids, decoder_segment_ids: of a packed batch, the number of each token's example in its row, 0 for
-                padding; in place of the masks, and both or neither. Not with a cache.
-            logits_to_keep: positions of the decoder to compute logits for, or how many of the last; 0 for all.
-            options: handed on to attention.
+            segment_ids, decoder_segment_ids: of a packed batch, the number of each token's example in its row,
+                0 for padding; in place of the masks, and both or neither. Not with a cache.
+            logits_to_keep: positions of the decoder to compute logits for, or how many of the last; 0 for
+                all.
 
         Raises:
             ModelError: if segments are given for one side alone.
@@ -106,38 +103,28 @@ class FlanMoeT5ForConditionalGeneration(FlanMoeT5PreTrainedModel, GenerationMixi
                 segment_ids=segment_ids,
                 **options,
             )
-        elif not isinstance(encoder_outputs, ModelOutput):
-            encoder_outputs = BaseModelOutput(*encoder_outputs)
+        encoded = _named(encoder_outputs)
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self._shift_right(labels, decoder_segment_ids)
-        outputs = self.decoder(
+        decoded = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
             inputs_embeds=decoder_inputs_embeds,
             past_key_values=past_key_values,
-            encoder_hidden_states=encoder_outputs.last_hidden_state,
+            encoder_hidden_states=encoded.last_hidden_state,
             encoder_attention_mask=attention_mask,
             use_cache=use_cache,
             segment_ids=decoder_segment_ids,
             encoder_segment_ids=segment_ids,
             **options,
         )
-        logits = self._logits(outputs.last_hidden_state, logits_to_keep)
-        return Seq2SeqLMOutput(
-            loss=None if labels is None else _cross_entropy(logits, labels),
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            decoder_hidden_states=outputs.hidden_states,
-            decoder_attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
-            encoder_hidden_states=encoder_outputs.hidden_states,
-            encoder_attentions=encoder_outputs.attentions,
-        )
+        logits = self._logits(decoded.last_hidden_state, logits_to_keep)
+        loss = None if labels is None else _cross_entropy(logits, labels)
+        return _output(loss, logits, encoded, decoded)
 
     def _logits(
         self, hidden: Float[Tensor, "B L H"], keep: Int[Tensor, " K"] | int
-    ) -> Float[Tensor, "B K V"]:
+    ) -> Float[Tensor, "... V"]:
         kept = hidden[:, slice(-keep, None) if isinstance(keep, int) else keep]
         if self.config.scale_decoder_outputs:
             kept = kept * self.config.d_model**-0.5
@@ -158,9 +145,26 @@ class FlanMoeT5ForConditionalGeneration(FlanMoeT5PreTrainedModel, GenerationMixi
         return shifted_right(input_ids, segments, start_token_id=start, pad_token_id=padding)
 
 
-def _cross_entropy(
-    logits: Float[Tensor, "B L V"], labels: Int[Tensor, "B L"]
-) -> Float[Tensor, ""]:
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=_IGNORED
+def _named(encoder_outputs: Any) -> Any:
+    """Return what the encoder gave under its names; it may come as a plain tuple."""
+    if isinstance(encoder_outputs, ModelOutput):
+        return encoder_outputs
+    return BaseModelOutput(*encoder_outputs)
+
+
+def _output(loss: Tensor | None, logits: Tensor, encoded: Any, decoded: Any) -> Seq2SeqLMOutput:
+    return Seq2SeqLMOutput(
+        loss=loss,  # pyright: ignore[reportArgumentType]
+        logits=logits,  # pyright: ignore[reportArgumentType]
+        past_key_values=decoded.past_key_values,
+        decoder_hidden_states=decoded.hidden_states,
+        decoder_attentions=decoded.attentions,
+        cross_attentions=decoded.cross_attentions,
+        encoder_last_hidden_state=encoded.last_hidden_state,
+        encoder_hidden_states=encoded.hidden_states,
+        encoder_attentions=encoded.attentions,
     )
+
+
+def _cross_entropy(logits: Float[Tensor, "B L V"], labels: Int[Tensor, "B L"]) -> Float[Tensor, ""]:
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=_IGNORED)

@@ -17,8 +17,8 @@ def own_segment(
 ) -> Bool[Tensor, "B 1 Q K"]:
     """Return True where a query may see a key: tokens of its own segment, none behind it if causal.
 
-    A query of padding sees all padding, and everything where there is none, so that no softmax is empty; nothing
-    comes of it.
+    A query of padding sees all padding, and everything where there is none, so that no softmax is empty;
+    nothing comes of it.
     """
     padding = (queries == 0).unsqueeze(2) & ~(keys == 0).any(dim=1).view(-1, 1, 1)
     sees = (queries.unsqueeze(2) == keys.unsqueeze(1)) | padding

@@ -32,21 +32,21 @@ class FlanMoeT5PreTrainedModel(T5PreTrainedModel):
     config_class = FlanMoeT5Config
     config: FlanMoeT5Config
     base_model_prefix = "flan_moe_t5"
-    _no_split_modules = ["FlanMoeT5Block"]  # noqa: RUF012 - transformers' way
+    _no_split_modules = ["FlanMoeT5Block"]
     # transformers would load them in bfloat16 with the rest; ties between experts come of that.
-    _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["router"]
     _can_compile_fullgraph = False
     _supports_flex_attn = False
-    _can_record_outputs = {  # noqa: RUF012
+    _can_record_outputs = {
         "hidden_states": OutputRecorder(FlanMoeT5Block, index=0),
         "attentions": OutputRecorder(T5LayerSelfAttention, index=-1),
         "cross_attentions": OutputRecorder(T5LayerCrossAttention, index=-1),
     }
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # For code outside transformers it takes modules without weights of their own, such as an attention layer,
-        # for initialised, and would leave the layers inside them with a standard deviation of 1. `_init_weights`
-        # keeps loaded weights as they are, which is what that is for.
+        # For code outside transformers it takes modules without weights of their own, such as an attention
+        # layer, for initialised, and would leave the layers inside them with a standard deviation of 1.
+        # `_init_weights` keeps loaded weights as they are, which is what that is for.
         super()._initialize_weights(module, is_custom_code=False)
 
     @torch.no_grad()
@@ -98,15 +98,12 @@ class FlanMoeT5Stack(FlanMoeT5PreTrainedModel):
         encoder_segment_ids: Int[Tensor, "B M"] | None = None,
         **options: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """Return the last hidden states.
+        """Return the last hidden states. Arguments that T5's stack has mean what they mean there.
 
         Args:
-            input_ids: token ids, or `inputs_embeds` in their place.
-            attention_mask: 0 where a token is padding, which takes no expert's place. Keys of the cache included.
-            encoder_hidden_states, encoder_attention_mask: the encoder's, in the decoder.
-            past_key_values, use_cache: cache of the decoder.
-            segment_ids, encoder_segment_ids: numbers of the examples of a packed batch, 0 for padding, in place of
-                the masks.
+            attention_mask: 0 where a token is padding, which takes no expert's place; keys of a cache included.
+            segment_ids, encoder_segment_ids: numbers of the examples of a packed batch, 0 for padding, in place
+                of the masks.
             options: handed on to attention.
 
         Raises:
@@ -116,20 +113,15 @@ class FlanMoeT5Stack(FlanMoeT5PreTrainedModel):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past_key_values = self._cache(past_key_values, use_cache=bool(use_cache))
-        masks = (
-            self._masks(
-                hidden,
-                attention_mask,
-                past_key_values,
-                encoder_hidden_states,
-                encoder_attention_mask,
-            )
-            if segment_ids is None
-            else self._segment_masks(hidden, segment_ids, encoder_segment_ids)
-        )
-        valid = self._valid(hidden, attention_mask) if segment_ids is None else segment_ids != 0
+        if segment_ids is None:
+            encoder = (encoder_hidden_states, encoder_attention_mask)
+            masks = self._masks(hidden, attention_mask, past_key_values, *encoder)
+            valid, segments = _valid(hidden, attention_mask), None
+        else:
+            masks = self._segment_masks(hidden, segment_ids, encoder_segment_ids)
+            valid, segments = segment_ids != 0, _numbered_apart(segment_ids)
         hidden = self.dropout(hidden)
-        biases: tuple[Tensor | None, Tensor | None] = (None, None)
+        biases: list[Tensor | None] = [None, None]
         for block in self.block:
             hidden, *biases = block(
                 hidden,
@@ -139,7 +131,7 @@ class FlanMoeT5Stack(FlanMoeT5PreTrainedModel):
                 masks[1],
                 biases[1],
                 valid=valid,
-                segments=None if segment_ids is None else _numbered_apart(segment_ids),
+                segments=segments,
                 replay=RoutingReplay(),
                 past_key_values=past_key_values,
                 **options,
@@ -201,13 +193,14 @@ class FlanMoeT5Stack(FlanMoeT5PreTrainedModel):
         across = own_segment(segments, encoder_segments, causal=False)
         return additive(own, hidden.dtype), additive(across, hidden.dtype)
 
-    def _valid(
-        self, hidden: Float[Tensor, "B L H"], attention_mask: Tensor | None
-    ) -> Bool[Tensor, "B L"] | None:
-        """Return which of the tokens given are real; the mask's last columns, behind those of a cache."""
-        if attention_mask is None or attention_mask.ndim != 2:
-            return None
-        return attention_mask[:, -hidden.shape[1] :] != 0
+
+def _valid(
+    hidden: Float[Tensor, "B L H"], attention_mask: Tensor | None
+) -> Bool[Tensor, "B L"] | None:
+    """Return which of the tokens given are real: the mask's last columns, behind those of a cache."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    return attention_mask[:, -hidden.shape[1] :] != 0
 
 
 def _numbered_apart(segments: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:

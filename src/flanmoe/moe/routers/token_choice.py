@@ -98,6 +98,9 @@ class TokenChoiceRouter(Router):
             ModelError: if an assignment is not among what its token asked for.
         """
         expert_ids, asked = forced.choices.expert_ids, forced.choices.asked
+        # Asked again for the random numbers alone: what is drawn after them in a pass that is computed twice,
+        # dropout for one, must be what was drawn the first time.
+        self.asked(scored.probabilities.detach().gather(1, expert_ids))
         matches = asked[forced.token_ids] & (
             expert_ids[forced.token_ids] == forced.expert_ids.unsqueeze(1)
         )

@@ -64,7 +64,7 @@ def _draw_load(figure: Figure, axes: Axes, load: ExpertLoadReport) -> None:
             columns + 0.5, rows + 0.5, linestyle="none", marker=marker, color=colour, markersize=5
         )
     axes.set(xlim=(0, num_experts), ylim=(num_layers, 0), xlabel="expert", ylabel="layer")
-    _label_cells(axes, [str(layer) for layer in load.layers], vertical=True)
+    _label_cells(axes, load.names, vertical=True)
     _label_cells(axes, [str(expert) for expert in range(num_experts)], vertical=False)
     axes.grid(visible=False)
     bar = figure.colorbar(mesh, ax=axes, pad=0.02, aspect=26)

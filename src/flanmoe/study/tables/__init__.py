@@ -7,7 +7,7 @@ from flanmoe.study.tables.costs import costs, memory
 from flanmoe.study.tables.data import data_section
 from flanmoe.study.tables.scores import clusters, comparisons, tasks
 from flanmoe.study.tables.summary import summary as summary
-from flanmoe.study.tables.training import curves, routing, versions
+from flanmoe.study.tables.training import curves, pretraining, routing, versions
 
 
 def sections(data: ReportData) -> tuple[Section, ...]:
@@ -17,6 +17,7 @@ def sections(data: ReportData) -> tuple[Section, ...]:
         clusters(data),
         tasks(data),
         data_section(data),
+        pretraining(data),
         costs(data),
         memory(data),
         routing(data),

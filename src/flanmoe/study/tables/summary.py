@@ -16,6 +16,7 @@ from flanmoe.study.report_text import (
     loss_text,
     percent,
     short,
+    signed,
 )
 from flanmoe.study.tables.base import TextTable, peak_text, tuned_only
 
@@ -35,17 +36,25 @@ def summary(data: ReportData) -> TextTable:
         trained = tuned_only(lambda arm: short(arm.parameters.trainable))
         rows.append(("Parameters, trained", trained))
     rows.append(("FLOPs per token, forward", lambda arm: short(arm.flops.total)))
+    if len(data.arms) > 1:
+        base = next((arm for arm in data.arms if arm.label == data.baseline), data.arms[0])
+        rows.append((f"FLOPs against {base.label}", _against(base)))
     if data.was_tuned:
         rows += [
             ("Tokens tuned on", tuned_only(lambda arm: short(arm.ledger.real_tokens))),
             ("Time of tuning", tuned_only(lambda arm: duration(arm.ledger.seconds))),
             ("Peak memory", tuned_only(peak_text)),
         ]
+    if any(arm.pretraining for arm in data.arms):
+        rows.append(("Loss on held-out text", _pretrained_text))
     if any(arm.before or arm.after for arm in data.arms):
         rows += _score_rows(data)
     if any(arm.expert_load for arm in data.arms):
         rows.append(("Busiest expert", _busiest_text))
         rows.append(("Unused experts", _unused_text))
+        if any(arm.expert_load and arm.expert_load.unserved_share for arm in data.arms):
+            rows.append(("Choices that did not fit", _dropped_text))
+            rows.append(("Tokens without an expert", _unserved_text))
     table = TextTable(
         header=("", *(arm.label for arm in data.arms)),
         rows=tuple((name, *(cell(arm) for arm in data.arms)) for name, cell in rows),
@@ -99,6 +108,31 @@ def _busiest_text(arm: ArmReport) -> str:
 def _unused_text(arm: ArmReport) -> str:
     load = arm.expert_load
     return f"{load.num_unused} of {len(load.layers) * load.num_experts}" if load else "no experts"
+
+
+def _against(base: ArmReport) -> Callable[[ArmReport], str]:
+    """Say by how much an arm's FLOPs per token differ from another's."""
+    return lambda arm: f"{signed(100 * (arm.flops.total / base.flops.total - 1), 1)} %"
+
+
+def _pretrained_text(arm: ArmReport) -> str:
+    losses = [one.held_out_loss for one in arm.pretraining if one.held_out_loss is not None]
+    return f"{losses[-1]:.3f}" if losses else "not measured"
+
+
+def _dropped_text(arm: ArmReport) -> str:
+    return _mean_share(arm, "dropped_share")
+
+
+def _unserved_text(arm: ArmReport) -> str:
+    return _mean_share(arm, "unserved_share")
+
+
+def _mean_share(arm: ArmReport, name: str) -> str:
+    if arm.expert_load is None:
+        return "no experts"
+    shares: tuple[float, ...] = getattr(arm.expert_load, name)
+    return percent(sum(shares) / len(shares)) if shares else "not recorded"
 
 
 def _summary_note(data: ReportData) -> str:

@@ -31,6 +31,8 @@ def routing(data: ReportData) -> Section:
             )
         if arm.expert_load is not None:
             tables.append(_load_table(arm))
+    if drops := _drops_table(data):
+        tables.append(drops)
     return Section("Routing", tuple(tables))
 
 
@@ -45,12 +47,55 @@ def _load_table(arm: ArmReport) -> TextTable:
     return TextTable(
         ("layer", "entropy (nats)", *(f"expert {expert}" for expert in range(load.num_experts))),
         tuple(
-            (str(layer), entropy, *(percent(share) for share in row))
-            for layer, entropy, row in zip(load.layers, entropies, load.shares, strict=True)
+            (name, entropy, *(percent(share) for share in row))
+            for name, entropy, row in zip(load.names, entropies, load.shares, strict=True)
         ),
         title=f"Share of assignments: {arm.label}",
         note=f"The even share is {percent(1 / load.num_experts)}.",
     )
+
+
+def _drops_table(data: ReportData) -> TextTable | None:
+    """What found no expert, layer by layer; None where everything did."""
+    rows = [
+        (arm.label, name, percent(dropped), percent(unserved))
+        for arm in data.arms
+        if (load := arm.expert_load) is not None
+        for name, dropped, unserved in zip(
+            load.names, load.dropped_share, load.unserved_share, strict=False
+        )
+        if dropped or unserved
+    ]
+    if not rows:
+        return None
+    return TextTable(
+        ("arm", "layer", "choices that did not fit", "tokens without an expert"),
+        tuple(rows),
+        title="Drops while tuning",
+        note="Layers that are not listed dropped nothing. Where experts choose, nobody asks, so nothing can "
+        "fail to fit; a token that none of them chose goes on as it was.",
+    )
+
+
+def pretraining(data: ReportData) -> Section:
+    """What the arms were pre-trained on; no table where none was."""
+    rows = [
+        (
+            arm.label,
+            one.label,
+            exact(one.tokens),
+            f"{one.epochs:.2f}",
+            f"{one.loss:.4f}",
+            "none held out" if one.held_out_loss is None else f"{one.held_out_loss:.4f}",
+        )
+        for arm in data.arms
+        for one in arm.pretraining
+    ]
+    if not rows:
+        return Section("Pre-training", ())
+    header = ("arm", "stage", "tokens", "epochs", "loss, last step", "loss, held-out texts")
+    note = "Losses: nats per target token of the denoising task. A stage that arms share ran once."
+    return Section("Pre-training", (TextTable(header, tuple(rows), note=note),))
 
 
 _MOST_CURVE_ROWS = 20
