@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flanmoe.core.seeds import SeedTree as SeedTree
     from flanmoe.data.example import Example as Example
     from flanmoe.data.example import Packed as Packed
+    from flanmoe.data.example import PackedPair as PackedPair
     from flanmoe.data.example import Rendered as Rendered
     from flanmoe.data.mixture import Mixture as Mixture
     from flanmoe.data.mixture import MixtureConfig as MixtureConfig
@@ -30,6 +31,12 @@ if TYPE_CHECKING:
     from flanmoe.evaluation.suites.run import evaluate_suite as evaluate_suite
     from flanmoe.models.blocks import moe_blocks as moe_blocks
     from flanmoe.models.expert_dropout import set_expert_dropout as set_expert_dropout
+    from flanmoe.models.flan_moe_t5.configuration import FlanMoeT5Config as FlanMoeT5Config
+    from flanmoe.models.flan_moe_t5.model import (
+        FlanMoeT5ForConditionalGeneration as FlanMoeT5ForConditionalGeneration,
+    )
+    from flanmoe.models.flan_moe_t5.upcycle import T5UpcycleConfig as T5UpcycleConfig
+    from flanmoe.models.flan_moe_t5.upcycle import upcycle_t5 as upcycle_t5
     from flanmoe.models.flops import count_flops as count_flops
     from flanmoe.models.freezing import freeze as freeze
     from flanmoe.models.freezing import what_trains as what_trains
@@ -45,9 +52,11 @@ if TYPE_CHECKING:
     from flanmoe.moe.recorder import RoutingRecorder as RoutingRecorder
     from flanmoe.moe.routing import Routing as Routing
     from flanmoe.stages.recipe import EvaluateStage as EvaluateStage
+    from flanmoe.stages.recipe import PretrainStage as PretrainStage
     from flanmoe.stages.recipe import Recipe as Recipe
     from flanmoe.stages.recipe import TuneStage as TuneStage
     from flanmoe.stages.recipe import UpcycleStage as UpcycleStage
+    from flanmoe.stages.recipe import UpcycleT5Stage as UpcycleT5Stage
     from flanmoe.study.study import Study as Study
     from flanmoe.study.study import load_study as load_study
     from flanmoe.training.arguments import TuneConfig as TuneConfig
@@ -62,14 +71,18 @@ _HOMES = {
     "Config": "flanmoe.core.config",
     "EvaluateStage": "flanmoe.stages.recipe",
     "Example": "flanmoe.data.example",
+    "FlanMoeT5Config": "flanmoe.models.flan_moe_t5.configuration",
+    "FlanMoeT5ForConditionalGeneration": "flanmoe.models.flan_moe_t5.model",
     "FlanmoeError": "flanmoe.core.errors",
     "Ledger": "flanmoe.core.ledger",
     "Mixture": "flanmoe.data.mixture",
     "MixtureConfig": "flanmoe.data.mixture",
     "MoEBlock": "flanmoe.moe.block",
     "Packed": "flanmoe.data.example",
+    "PackedPair": "flanmoe.data.example",
     "PackedStream": "flanmoe.data.stream",
     "PackingConfig": "flanmoe.data.packing",
+    "PretrainStage": "flanmoe.stages.recipe",
     "Recipe": "flanmoe.stages.recipe",
     "Rendered": "flanmoe.data.example",
     "RouterLossConfig": "flanmoe.training.router_losses",
@@ -80,12 +93,14 @@ _HOMES = {
     "SparseTrainer": "flanmoe.training.trainer",
     "Study": "flanmoe.study.study",
     "SuiteConfig": "flanmoe.evaluation.suites.config",
+    "T5UpcycleConfig": "flanmoe.models.flan_moe_t5.upcycle",
     "Task": "flanmoe.data.tasks",
     "TaskConfig": "flanmoe.data.tasks",
     "TuneConfig": "flanmoe.training.arguments",
     "TuneStage": "flanmoe.stages.recipe",
     "UpcycleConfig": "flanmoe.models.upcycle",
     "UpcycleStage": "flanmoe.stages.recipe",
+    "UpcycleT5Stage": "flanmoe.stages.recipe",
     "balance_loss": "flanmoe.moe.losses",
     "compare": "flanmoe.evaluation.comparison",
     "count_flops": "flanmoe.models.flops",
@@ -100,6 +115,7 @@ _HOMES = {
     "set_expert_dropout": "flanmoe.models.expert_dropout",
     "tune": "flanmoe.training.tune",
     "upcycle": "flanmoe.models.upcycle",
+    "upcycle_t5": "flanmoe.models.flan_moe_t5.upcycle",
     "what_trains": "flanmoe.models.freezing",
     "z_loss": "flanmoe.moe.losses",
 }
@@ -108,14 +124,18 @@ __all__ = [
     "Config",
     "EvaluateStage",
     "Example",
+    "FlanMoeT5Config",
+    "FlanMoeT5ForConditionalGeneration",
     "FlanmoeError",
     "Ledger",
     "Mixture",
     "MixtureConfig",
     "MoEBlock",
     "Packed",
+    "PackedPair",
     "PackedStream",
     "PackingConfig",
+    "PretrainStage",
     "Recipe",
     "Rendered",
     "RouterLossConfig",
@@ -126,12 +146,14 @@ __all__ = [
     "SparseTrainer",
     "Study",
     "SuiteConfig",
+    "T5UpcycleConfig",
     "Task",
     "TaskConfig",
     "TuneConfig",
     "TuneStage",
     "UpcycleConfig",
     "UpcycleStage",
+    "UpcycleT5Stage",
     "__version__",
     "balance_loss",
     "compare",
@@ -147,6 +169,7 @@ __all__ = [
     "set_expert_dropout",
     "tune",
     "upcycle",
+    "upcycle_t5",
     "what_trains",
     "z_loss",
 ]

@@ -184,7 +184,8 @@ def _ffn(part: nn.Module) -> nn.Module | None:
 def _part(part: Any, batch: SideBatch, routed: dict[int, RoutedExperts]) -> int:
     """Return what one part of a layer saves: attention or an FFN, its norm and its dropout."""
     ffn = _ffn(part)
-    experts = routed.get(id(getattr(ffn, "experts", None)))
+    children = {} if ffn is None else dict(ffn.named_children())
+    experts = routed.get(id(children.get("experts")))
     vector = FLOAT32_BYTES * batch.hidden_size
     saved = 2 * vector * batch.num_tokens
     if batch.dropping:

@@ -24,7 +24,7 @@ from flanmoe.moe.layer import Experts
 
 def dense_bytes(ffn: Any, batch: SideBatch) -> int:
     """Return what a dense FFN of T5 or Switch saves for a token."""
-    gated = not hasattr(ffn, "wi")
+    gated = "wi" not in dict(ffn.named_children())
     if isinstance(ffn.act, NewGELUActivation):
         activation = 4
     else:
