@@ -183,4 +183,4 @@ def test_attention_that_cannot_be_read_is_refused() -> None:
     with pytest.raises(ModelError, match="but T5Stack has nothing of that name"):
         cross_attention(model.get_encoder())
     with pytest.raises(ModelError, match="but Linear has none of these names"):
-        attention_layers(model.get_output_embeddings())
+        attention_layers(model.get_submodule("lm_head"))

@@ -258,6 +258,9 @@ def test_short_counts_are_right_to_four_digits(number: int) -> None:
         (312.2, "5 min 12 s"),
         (3599.7, "1 h 00 min"),
         (7502, "2 h 05 min"),
+        (86340, "23 h 59 min"),
+        (36 * 3600, "1.5 days"),
+        (3 * 365.25 * 86400, "3 years"),
     ],
 )
 def test_durations(seconds: float, text: str) -> None:

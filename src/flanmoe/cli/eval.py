@@ -102,15 +102,14 @@ def evaluate(
     compare: Compared = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a model with standard errors, or compare two results.
+    """Score a model with standard errors, or compare two results by question.
 
     --suite flan asks few-shot questions as the papers do: the likeliest letter
     counts, or what is written. --task scores the loss on reference answers, and
     letters where there are choices. What is asked, and its time, is printed first.
     What the data folder lacks is left out by name, and averages over it are marked
     partial. Questions that flanmoe trained the model on are marked and left out of
-    the headline numbers. With --out, a stopped evaluation goes on with --resume;
-    with --compare, two results are compared by question.
+    the headline numbers. A stopped evaluation with --out goes on with --resume.
 
     Example: flanmoe eval smollm2-135m-instruct --suite flan --limit 60 --data-dir DATA --out results/before
     """
@@ -132,16 +131,15 @@ def evaluate(
             "capacity_drops": capacity_drops,
             "lm_eval_tasks": None if lm_eval_tasks is None else str(lm_eval_tasks),
         }
-        emit(
-            evaluate_reference(
-                model,
-                list(task or []),
-                suite=suite,
-                split=split,
-                settings=settings,
-                data_dir=data_dir,
-                out=out,
-                resume=resume,
-                routing=routing,
-            )
+        found = evaluate_reference(
+            model,
+            list(task or []),
+            suite=suite,
+            split=split,
+            settings=settings,
+            data_dir=data_dir,
+            out=out,
+            resume=resume,
+            routing=routing,
         )
+        emit(found)

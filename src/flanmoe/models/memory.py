@@ -17,7 +17,7 @@ With gradient checkpointing only the input of each layer is saved, and the activ
 one layer at a time are there again during the backward pass.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -32,9 +32,8 @@ from flanmoe.models.activations import (
 )
 from flanmoe.models.activations_encoder_decoder import encoder_decoder_activations
 from flanmoe.models.meta import as_model, head_weight
+from flanmoe.models.optimizer_state import Optimizer, optimizer_bytes
 from flanmoe.models.precision import Precision
-
-Optimizer = Literal["adamw", "sgd"]
 
 # Resident memory of the process of a run before it holds a model (0.6 GiB: libraries, tokenizer,
 # tasks) and the kernels that oneDNN compiles and keeps; measured with torch 2.13 and
@@ -47,8 +46,6 @@ RUNTIME_BYTES = 700 * 2**20
 # block mapped by itself (MALLOC_MMAP_THRESHOLD_=262144) there were none, and a step took a fifth
 # longer.
 _HEAP_HOLES = 0.25
-
-_OPTIMIZER_BYTES: dict[Optimizer, int] = {"adamw": 8, "sgd": 0}
 
 
 class MemoryEstimate(Config):
@@ -126,7 +123,7 @@ def estimate_memory(
     return MemoryEstimate(
         weights=FLOAT32_BYTES * sum(p.numel() for p in model.parameters()),
         gradients=FLOAT32_BYTES * trainable,
-        optimizer=_OPTIMIZER_BYTES[optimizer] * trainable,
+        optimizer=optimizer_bytes(model.parameters(), optimizer),
         weight_copies=fullest.copies,
         activations=fullest.saved + fullest.beside,
         runtime=RUNTIME_BYTES,

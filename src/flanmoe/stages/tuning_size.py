@@ -38,6 +38,7 @@ def tuning_size(model: PreTrainedModel, config: TuneConfig) -> TuningSize:
             length=config.length,
             target_length=config.target_length,
             precision=config.precision,
+            optimizer=config.optimizer,
             gradient_checkpointing=config.gradient_checkpointing,
         )
         return TuningSize(count_parameters(model), memory)

@@ -16,6 +16,7 @@ from flanmoe.evaluation.suites import load_evaluation, warn_of_skipped
 from flanmoe.stages.recipe import EvaluateStage, PretrainStage, TuneStage
 from flanmoe.study.arm_plan import ArmPlan, plan_arm
 from flanmoe.study.machine import Machine, this_machine
+from flanmoe.study.report_text import duration
 from flanmoe.study.report_text import short as short_text
 from flanmoe.study.report_text import size as size_text
 from flanmoe.study.study import Study
@@ -146,7 +147,7 @@ def plan_table(plan: StudyPlan) -> Table:
         ("FLOPs to train", [f"{arm.training_flops:.2e}" for arm in arms]),
         ("peak memory", [size_text(arm.memory.total) if arm.memory else "-" for arm in arms]),
         ("disk while running", [size_text(arm.disk_bytes) for arm in arms]),
-        ("time here, roughly", [f"{arm.seconds / 60:.1f} min" for arm in arms]),
+        ("time here, roughly", [duration(arm.seconds) for arm in arms]),
     ]
     for label, values in rows:
         table.add_row(label, *values)

@@ -17,6 +17,8 @@ from flanmoe.study.report_data import (
 
 EVIDENCE_RULE = "Differences smaller than their interval are not evidence."
 
+_MINUTES_A_DAY = 24 * 60
+_DAYS_A_YEAR = 365.25
 _SUFFIXES = ("", " k", " M", " G", " T", " P", " E")
 # Rows of one size hold a little more or less padding, and a router adds its own products.
 _TOLERATED_RATIO = 0.02
@@ -47,13 +49,18 @@ def size(num_bytes: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format seconds: 8.4 s, 5 min 12 s, 2 h 05 min."""
+    """Format seconds: 8.4 s, 5 min 12 s, 2 h 05 min, 12.5 days, 340 years."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    if minutes < _MINUTES_A_DAY:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    days = minutes / _MINUTES_A_DAY
+    if days < 2 * _DAYS_A_YEAR:
+        return f"{days:,.1f} days"
+    return f"{days / _DAYS_A_YEAR:,.0f} years"
 
 
 def percent(share: float, digits: int = 1) -> str:

@@ -29,11 +29,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from flanmoe.models.optimizer_state import is_factored
+
 _DECAY_EXPONENT = 0.8
 _EPSILON = 1e-30
 _SMALLEST_SCALE = 1e-3
 _LARGEST_UPDATE = 1.0
-_SMALLEST_FACTORED = 128
 
 
 @final
@@ -92,7 +93,7 @@ def _precision(parameter: Tensor) -> torch.dtype:
 def _new_state(parameter: Tensor) -> dict[str, Any]:
     shape, dtype = parameter.shape, _precision(parameter)
     state: dict[str, Any] = {"step": torch.tensor(0.0)}
-    if len(shape) >= 2 and min(shape[-2:]) >= _SMALLEST_FACTORED:
+    if is_factored(shape):
         state["row"] = parameter.new_zeros((*shape[:-1], 1), dtype=dtype)
         state["column"] = parameter.new_zeros((*shape[:-2], 1, shape[-1]), dtype=dtype)
     else:

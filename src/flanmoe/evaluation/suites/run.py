@@ -143,8 +143,7 @@ def evaluate_loaded(
             journal=finished,
             listener=listener,
         )
-        spent = partial(_spent, lm, start)
-        finished.account(spent)
+        finished.account(spent := partial(_spent, lm, start))
         apart = bool(getattr(model.config, "is_encoder_decoder", False))
         asking = Asking(lm.tokenizer, lm.encode, lm.truncates, most, answers_apart=apart)
         built = _built(chosen, asking, training_hashes)
