@@ -20,8 +20,10 @@ EVIDENCE_RULE = "Differences smaller than their interval are not evidence."
 _MINUTES_A_DAY = 24 * 60
 _DAYS_A_YEAR = 365.25
 _SUFFIXES = ("", " k", " M", " G", " T", " P", " E")
-# Rows of one size hold a little more or less padding, and a router adds its own products.
-_TOLERATED_RATIO = 0.02
+# Routers add their own products, and an FFN beside experts can be made narrow but not left out.
+_TOLERATED_FLOPS = 0.05
+# Rows of one size hold a little more or less padding.
+_TOLERATED_TOKENS = 0.02
 # Beyond these a reader wants what differs first, and the rest in a line.
 _MOST_PAIRS_TOLD = 3
 _MOST_CLAIMS_TOLD = 12
@@ -317,13 +319,14 @@ def _compute_limits(data: ReportData) -> list[str]:
     baseline = data.baseline_arm
     sentences: list[str] = []
     for arm in data.arms:
-        if _differ(arm.flops.total, baseline.flops.total):
+        if _differ(arm.flops.total, baseline.flops.total, tolerated=_TOLERATED_FLOPS):
             ratio = ratio_text(arm.flops.total, baseline.flops.total)
             sentences.append(
                 f"{arm.label} spends {ratio} the FLOPs per token of {baseline.label}: this is no comparison at "
                 "equal compute."
             )
-        if _differ(arm.ledger.real_tokens, baseline.ledger.real_tokens):
+        tokens = (arm.ledger.real_tokens, baseline.ledger.real_tokens)
+        if _differ(*tokens, tolerated=_TOLERATED_TOKENS):
             sentences.append(
                 f"{arm.label} was tuned on {exact(arm.ledger.real_tokens)} tokens, {baseline.label} on "
                 f"{exact(baseline.ledger.real_tokens)}: this is no comparison at equal data."
@@ -343,10 +346,10 @@ def _compute_limits(data: ReportData) -> list[str]:
     return sentences
 
 
-def _differ(number: float, baseline: float) -> bool:
+def _differ(number: float, baseline: float, *, tolerated: float) -> bool:
     if not baseline:
         return bool(number)
-    return abs(number / baseline - 1) > _TOLERATED_RATIO
+    return abs(number / baseline - 1) > tolerated
 
 
 def evaluated_examples(evaluation: Evaluation | None) -> str:
