@@ -25,10 +25,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from flanmoe.core.errors import ModelError
-from flanmoe.core.names import nearest_name_hint
+from flanmoe.core.names import listing, nearest_name_hint
 from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.embedded import EMBEDDED_NAME, embedded_model_path
 from flanmoe.models.experts_interface import EXPERTS_IMPLEMENTATION
+from flanmoe.models.flan_moe_t5.configuration import FlanMoeT5Config
 from flanmoe.models.router_precision import run_routers_outside_autocast
 
 # A folder without it is no model, so whoever saves one writes it last.
@@ -100,6 +101,13 @@ def load_model(reference: str, *, dtype: torch.dtype = torch.float32) -> PreTrai
             f"The model {reference} must hold every weight of {type(model).__name__}, but "
             f"{len(lacking)} are missing or of another shape, the first {lacking[0]}. Get a "
             "complete checkpoint."
+        )
+    # Of transformers' classes it ignores what older versions wrote; ours has no older versions.
+    foreign = report["unexpected_keys"] if config.model_type == FlanMoeT5Config.model_type else ()
+    if foreign:
+        raise ModelError(
+            f"The model {reference} must hold the weights of {type(model).__name__} and no others, but holds "
+            f"{listing(sorted(foreign))}. Get a checkpoint that belongs to its configuration."
         )
     if moe_blocks(model):
         if written_in == dtype:

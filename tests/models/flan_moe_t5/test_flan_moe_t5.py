@@ -1,5 +1,6 @@
 """FlanMoeT5 against transformers' T5, against sums written out, and against itself in other batches."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
@@ -285,6 +287,25 @@ def test_what_is_saved_loads_with_the_auto_class(tmp_path: Path, tied: bool) -> 
     assert (loaded.lm_head.weight is loaded.shared.weight) == tied
     assert loaded.encoder.embed_tokens.weight is loaded.shared.weight
     assert torch.equal(load_model(str(tmp_path))(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("change", ["missing", "foreign"])
+def test_a_checkpoint_with_missing_or_foreign_tensors_is_refused(
+    tmp_path: Path, change: str
+) -> None:
+    model = model_with("top_k")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    name = "decoder.block.1.layer.2.mlp.router.weight"
+    if change == "missing":
+        weights.pop(name)
+    else:
+        name = "decoder.block.0.layer.2.mlp.router.weight"
+        weights[name] = torch.zeros(4, 16)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=re.escape(name)):
+        load_model(str(tmp_path))
 
 
 def test_routers_stay_in_float32_when_the_rest_is_loaded_in_bfloat16(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class FlanMoeT5ForConditionalGeneration(FlanMoeT5PreTrainedModel, GenerationMixi
         super()._init_weights(module)
         if module is self:
             factor = self.config.initializer_factor
-            init.normal_(self.shared.weight, std=factor)
+            init.normal_(self.shared.get_parameter("weight"), std=factor)
             if not self.config.tied_head:
                 # The logits of T5.1.1 are not scaled down, so its head starts small.
                 init.normal_(self.lm_head.weight, std=factor * self.config.d_model**-0.5)
