@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import T5Config
+from transformers import BertConfig, T5Config
 
 from flanmoe.cli.main import invoke
 from flanmoe.study import plan
@@ -213,14 +213,22 @@ def test_an_unknown_key_is_named_with_its_path_and_the_nearest_one(
     assert any(sentence.startswith(unknown) for _, sentence in problems), lines
 
 
-def test_a_model_that_is_no_causal_language_model(
+def test_a_model_that_writes_no_text(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2).save_pretrained(
+        tmp_path / "bert"
+    )
+    study = write_study(tmp_path, tmp_path / "bert", "exemplars/gsm8k_cot")
+    _assert_one_sentence(["plan", str(study)], capfd, ["causal language model", "`bert`"])
+
+
+def test_an_encoder_decoder_without_a_length_of_targets(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, vocab_size=32).save_pretrained(
         tmp_path / "t5"
     )
     study = write_study(tmp_path, tmp_path / "t5", "exemplars/gsm8k_cot")
-    _assert_one_sentence(["plan", str(study)], capfd, ["causal language model", "t5"])
+    _assert_one_sentence(["plan", str(study)], capfd, ["An encoder-decoder needs `target_length`"])
 
 
 @pytest.mark.slow

@@ -79,8 +79,8 @@ def run_tune(
     stream = training_stream(stage, held, context)
     model = held.model()
     train = stage.train
+    size = tuning_size(model, train)
     flops = count_row_flops(model, length=train.length, target_length=train.target_length)
-    size = tuning_size(model, stage.train)
     checkpoint = latest_checkpoint(context.run.path)
     if checkpoint is not None:
         say(f"    going on from {checkpoint.name}")

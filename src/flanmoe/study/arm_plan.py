@@ -157,8 +157,8 @@ class _ArmCosts:
         self.disk += self.last
 
     def _train(self, train: TuneConfig) -> None:
-        flops = count_row_flops(self.model, length=train.length, target_length=train.target_length)
         size = tuning_size(self.model, train)
+        flops = count_row_flops(self.model, length=train.length, target_length=train.target_length)
         self._trainable = size.parameters.trainable
         self.memory = max((self.memory, size.memory), key=lambda item: item.total if item else -1)
         planned = train.steps * train.rows_per_step * (train.length + (train.target_length or 0))

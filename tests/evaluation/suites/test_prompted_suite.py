@@ -346,7 +346,7 @@ def test_an_evaluation_that_was_stopped_ends_with_the_same_numbers(
     resumed = _evaluate(data, journal=journal)
     assert resumed.examples == whole.examples
     assert resumed.normalised_average == whole.normalised_average
-    # What the stopped leg had finished is not computed again, and counts; a prefix is read again.
+    # What the stopped leg had finished is not computed again, and what it spent counts; a prefix is read again.
     assert whole.tokens <= resumed.tokens < 1.5 * whole.tokens
 
 

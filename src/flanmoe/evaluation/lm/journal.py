@@ -1,6 +1,6 @@
 """Finished requests on disk, so that an evaluation that was stopped goes on where it was.
 
-One line a request, and after each batch what this leg of the evaluation has spent so far. Batches are formed
+One line a request, and before each batch's what this leg of the evaluation has spent so far. Batches are formed
 as if nothing had been finished, and one whose requests are all in the journal is not run again; so the numbers
 are those of a run that was never stopped, to the last bit.
 """
@@ -64,7 +64,7 @@ class Journal:
         return len(self._answers)
 
     def account(self, spent: Callable[[], Spent]) -> None:
-        """Write down after each batch what `spent` says this leg has spent."""
+        """Write down with each batch what `spent` says this leg has spent."""
         self._spent = spent
 
     def known(self, keys: Iterable[str]) -> list[Any] | None:
@@ -74,12 +74,15 @@ class Journal:
 
     def add(self, answers: Sequence[tuple[str, Any]]) -> None:
         """Keep the answers of a batch, each a plain JSON type."""
+        if self._file is not None and self._spent is not None:
+            # First: whatever a kill in between takes away has been spent.
+            self._write({"spent": asdict(self._spent())})
         for key, answer in answers:
             self._answers[key] = answer
             if self._file is not None:
                 self._write({"key": key, "answer": answer})
-        if self._file is not None and self._spent is not None:
-            self._write({"spent": asdict(self._spent())})
+        if self._file is not None:
+            self._file.flush()
 
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -116,7 +119,7 @@ class Journal:
 
 
 def _sum_of_legs(records: Iterable[dict[str, Any]]) -> Spent:
-    """Return what all legs spent; each says after every batch what it has spent so far."""
+    """Return what all legs spent; each says with every batch what it has spent so far."""
     total = leg = Spent()
     for record in records:
         if "spent" in record:
