@@ -12,28 +12,30 @@ import pytest
 
 from flanmoe.core.ledger import Ledger
 from flanmoe.core.rundir import RunDir
+from flanmoe.study.arm_report import (
+    ArmReport,
+    ClusterScore,
+    CurvePoint,
+    Evaluation,
+    ExpertLoadReport,
+    Flops,
+    LossCurve,
+    Memory,
+    Parameters,
+    RouterLosses,
+    Score,
+    TaskScore,
+)
 from flanmoe.study.executor import Job
 from flanmoe.study.plots import Drawing, drawings
 from flanmoe.study.report import html_report
 from flanmoe.study.report_data import (
-    ArmReport,
-    ClusterScore,
     Comparison,
-    CurvePoint,
     DataReport,
-    Evaluation,
-    ExpertLoadReport,
-    Flops,
     Hardware,
-    LossCurve,
-    Memory,
     MixtureData,
-    Parameters,
     ReportData,
-    RouterLosses,
-    Score,
     TaskData,
-    TaskScore,
 )
 from flanmoe.study.runner import run_arm, run_study
 from flanmoe.study.study import Study

@@ -6,13 +6,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from flanmoe.study import plots
-from flanmoe.study.report_data import (
-    ArmReport,
-    CurvePoint,
-    ExpertLoadReport,
-    LossCurve,
-    ReportData,
-)
+from flanmoe.study.arm_report import ArmReport, CurvePoint, ExpertLoadReport, LossCurve
+from flanmoe.study.report_data import ReportData
 
 _SVG = "{http://www.w3.org/2000/svg}"
 

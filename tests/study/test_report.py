@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from flanmoe.core.errors import ConfigError, DiskError
+from flanmoe.study.arm_report import CurvePoint, Evaluation, ExpertLoadReport, LossCurve, Score
 from flanmoe.study.report import (
     html_report,
     markdown_report,
@@ -18,14 +19,7 @@ from flanmoe.study.report import (
     summary_table,
     write_report,
 )
-from flanmoe.study.report_data import (
-    CurvePoint,
-    Evaluation,
-    ExpertLoadReport,
-    LossCurve,
-    ReportData,
-    Score,
-)
+from flanmoe.study.report_data import ReportData
 from flanmoe.study.tables import summary
 
 _VOID = {"meta", "link", "br", "hr", "img", "input", "wbr", "col"}

@@ -5,16 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from flanmoe.study.report_data import (
-    Comparison,
-    Evaluation,
-    ExpertLoadReport,
-    Memory,
-    Metric,
-    ReportData,
-    Score,
-    TaskScore,
-)
+from flanmoe.study.arm_report import Evaluation, ExpertLoadReport, Memory, Score, TaskScore
+from flanmoe.study.report_data import Comparison, Metric, ReportData
 from flanmoe.study.report_text import (
     accuracy_text,
     claim_sentence,

@@ -167,7 +167,9 @@ class _ArmCosts:
         self.training_flops += spent
         self.all_flops += spent
         self.last = _model_bytes(size.parameters)
-        self.disk += self.last + _num_checkpoints(train) * _checkpoint_bytes(size.parameters)
+        # A checkpoint holds the weights and what the optimizer keeps.
+        checkpoint = self.last + size.memory.optimizer
+        self.disk += self.last + _num_checkpoints(train) * checkpoint
 
 
 def _counting_flops(train: TuneConfig, model: PreTrainedModel, flops: FlopCount) -> float:
@@ -187,8 +189,3 @@ def _model_bytes(parameters: ParameterCount) -> int:
 def _num_checkpoints(train: TuneConfig) -> int:
     # Those that are kept stand beside the next one while it is written.
     return 1 + train.keep_checkpoints if train.checkpoint_every_steps else 1
-
-
-def _checkpoint_bytes(parameters: ParameterCount) -> int:
-    # Weights, and two moments of what trains.
-    return _BYTES_FLOAT32 * (parameters.total + 2 * parameters.trainable)

@@ -12,23 +12,21 @@ from flanmoe.evaluation.comparison import CONFIDENCE_LEVEL, PairedDifference, co
 from flanmoe.evaluation.metrics import Estimate
 from flanmoe.evaluation.results import SuiteResult
 from flanmoe.stages.tune import TuneStageResult
-from flanmoe.study.records import SeedResults
-from flanmoe.study.report_data import (
+from flanmoe.study.arm_report import (
     ArmReport,
     ClusterScore,
-    Comparison,
     CurvePoint,
     Evaluation,
     ExpertLoadReport,
     LossCurve,
     Memory,
-    Metric,
     PretrainingReport,
-    ReportData,
     RouterLosses,
     Score,
     TaskScore,
 )
+from flanmoe.study.records import SeedResults
+from flanmoe.study.report_data import Comparison, Metric, ReportData
 from flanmoe.study.report_mixtures import data_report
 from flanmoe.study.report_notes import machines, notes, step0_difference, warnings
 from flanmoe.study.study import Study

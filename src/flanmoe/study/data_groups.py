@@ -108,7 +108,7 @@ def _named_model(name: str, arm: Arm) -> str:
     if arm.model is None:
         raise DataError(
             f"Tokens of data are counted with the tokenizer of a model, but arm `{name}` trains one of its own "
-            "when it runs. Look at its tasks by name, with `--task` and `--model`."
+            "when it runs. Name its tasks one by one in place of the file, with a `--model`."
         )
     return arm.model
 

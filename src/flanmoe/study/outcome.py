@@ -6,11 +6,12 @@ from typing import Any
 from flanmoe.core.config import read_yaml
 from flanmoe.core.console import say, show_table, warn
 from flanmoe.core.rundir import RunDir
+from flanmoe.study.arm_report import ArmReport, Evaluation, Score
 from flanmoe.study.collect import collect
 from flanmoe.study.executor import COSTS_FILE
 from flanmoe.study.records import SeedResults
 from flanmoe.study.report import summary_table, write_report
-from flanmoe.study.report_data import ArmReport, Evaluation, ReportData, Score
+from flanmoe.study.report_data import ReportData
 from flanmoe.study.study import Study
 
 

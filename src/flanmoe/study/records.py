@@ -11,8 +11,9 @@ from flanmoe.models.plan import ParameterCount
 from flanmoe.stages.pretrain import PretrainStageResult
 from flanmoe.stages.tune import TuneStageResult
 from flanmoe.stages.upcycle import UpcycleResult
+from flanmoe.study.arm_report import Flops, Parameters
 from flanmoe.study.executor import RESULT_FILE, Job
-from flanmoe.study.report_data import Flops, Hardware, Parameters
+from flanmoe.study.report_data import Hardware
 
 
 class SeedResults:

@@ -6,11 +6,7 @@ from flanmoe.core.cache import fingerprint
 from flanmoe.data.packing import TaskCounts, merged
 from flanmoe.stages.tune import TuneStageResult
 from flanmoe.study.records import SeedResults
-from flanmoe.study.report_data import (
-    DataReport,
-    MixtureData,
-    TaskData,
-)
+from flanmoe.study.report_data import DataReport, MixtureData, TaskData
 
 
 def data_report(arms: Mapping[str, Sequence[SeedResults]]) -> DataReport:

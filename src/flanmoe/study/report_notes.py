@@ -4,10 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from flanmoe.data.packing import PackingReport, merged
 from flanmoe.study.records import SeedResults
-from flanmoe.study.report_data import (
-    Hardware,
-    MixtureData,
-)
+from flanmoe.study.report_data import Hardware, MixtureData
 from flanmoe.study.report_text import listed
 
 

@@ -6,14 +6,8 @@ A sentence about a difference follows from its interval: only one that excludes 
 import math
 from collections.abc import Iterable, Sequence
 
-from flanmoe.study.report_data import (
-    ArmReport,
-    Comparison,
-    Evaluation,
-    Metric,
-    ReportData,
-    Score,
-)
+from flanmoe.study.arm_report import ArmReport, Evaluation, Score
+from flanmoe.study.report_data import Comparison, Metric, ReportData
 
 EVIDENCE_RULE = "Differences smaller than their interval are not evidence."
 

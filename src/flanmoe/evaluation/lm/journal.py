@@ -81,8 +81,6 @@ class Journal:
             self._answers[key] = answer
             if self._file is not None:
                 self._write({"key": key, "answer": answer})
-        if self._file is not None:
-            self._file.flush()
 
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")

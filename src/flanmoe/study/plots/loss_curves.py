@@ -4,8 +4,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
+from flanmoe.study.arm_report import ArmReport, CurvePoint
 from flanmoe.study.plots.figure import ARM_COLOURS, MARKERS, Drawing, arm_colour, new_figure
-from flanmoe.study.report_data import ArmReport, CurvePoint, ReportData
+from flanmoe.study.report_data import ReportData
 from flanmoe.study.report_text import short
 
 _LINE_STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
+from flanmoe.study.arm_report import ArmReport
 from flanmoe.study.plots.figure import MUTED, PAPER, Drawing, new_figure
-from flanmoe.study.report_data import ArmReport, ReportData
+from flanmoe.study.report_data import ReportData
 from flanmoe.study.report_text import size
 
 # Parts of the estimate: neither the colours of arms nor hue alone, and readable on light and dark.

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
+from flanmoe.study.arm_report import ArmReport, Evaluation, Score
 from flanmoe.study.plots.figure import MARKERS, MUTED, PAPER, Drawing, arm_colour, new_figure
-from flanmoe.study.report_data import ArmReport, Evaluation, Metric, ReportData, Score
+from flanmoe.study.report_data import Metric, ReportData
 from flanmoe.study.report_text import accuracy_text, difference_scale, listed, loss_text
 
 

@@ -3,9 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flanmoe.study.report_data import (
-    ArmReport,
-)
+from flanmoe.study.arm_report import ArmReport
 from flanmoe.study.report_text import (
     peak_memory,
     size,

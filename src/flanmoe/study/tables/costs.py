@@ -2,10 +2,8 @@
 
 from collections.abc import Callable, Iterable
 
-from flanmoe.study.report_data import (
-    ArmReport,
-    ReportData,
-)
+from flanmoe.study.arm_report import ArmReport
+from flanmoe.study.report_data import ReportData
 from flanmoe.study.report_text import (
     exact,
     short,

@@ -2,12 +2,7 @@
 
 from collections.abc import Sequence
 
-from flanmoe.study.report_data import (
-    DataReport,
-    MixtureData,
-    ReportData,
-    TaskData,
-)
+from flanmoe.study.report_data import DataReport, MixtureData, ReportData, TaskData
 from flanmoe.study.report_text import (
     exact,
     listed,

@@ -2,12 +2,8 @@
 
 from collections.abc import Sequence
 
-from flanmoe.study.report_data import (
-    Comparison,
-    Evaluation,
-    ReportData,
-    TaskScore,
-)
+from flanmoe.study.arm_report import Evaluation, TaskScore
+from flanmoe.study.report_data import Comparison, ReportData
 from flanmoe.study.report_text import (
     accuracy_text,
     difference_text,

@@ -2,11 +2,8 @@
 
 from collections.abc import Callable
 
-from flanmoe.study.report_data import (
-    ArmReport,
-    Evaluation,
-    ReportData,
-)
+from flanmoe.study.arm_report import ArmReport, Evaluation
+from flanmoe.study.report_data import ReportData
 from flanmoe.study.report_text import (
     accuracy_text,
     duration,

@@ -1,9 +1,7 @@
 """Tables of how training went: routing, losses, versions."""
 
-from flanmoe.study.report_data import (
-    ArmReport,
-    ReportData,
-)
+from flanmoe.study.arm_report import ArmReport
+from flanmoe.study.report_data import ReportData
 from flanmoe.study.report_text import (
     exact,
     percent,
