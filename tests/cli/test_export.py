@@ -81,9 +81,7 @@ def test_a_folder_that_holds_files_is_refused(
     )
 
 
-def test_help_shows_an_example_that_parses(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_help_shows_an_example(capfd: pytest.CaptureFixture[str]) -> None:
     assert invoke(["export", "--help"]) == 0
     shown = " ".join(capfd.readouterr().out.replace("│", " ").split())
     assert "Example: flanmoe export runs/flan-switch/model exported/flan-switch" in shown

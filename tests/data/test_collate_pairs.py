@@ -6,7 +6,7 @@ import torch
 
 from flanmoe.data.collate import collate_pairs
 from flanmoe.data.example import PackedPair
-from flanmoe.data.pairs import TokenizedPair, pack_pairs, packed_pair_row
+from flanmoe.data.pairs import TokenizedPair, grouped_pairs, packed_pair_row
 from flanmoe.models.flan_moe_t5 import FlanMoeT5Config, FlanMoeT5ForConditionalGeneration
 
 
@@ -52,7 +52,11 @@ def test_a_pair_in_a_row_loses_what_it_loses_alone() -> None:
             loss = model(**batch, use_cache=False).loss
         return float(loss) * int((batch["labels"] != -100).sum())
 
-    together = pack_pairs(pairs, length=12, target_length=9, decoder_start_token_id=7)
+    lengths = {"length": 12, "target_length": 9}
+    together = [
+        packed_pair_row(group, **lengths, decoder_start_token_id=7)
+        for group in grouped_pairs(pairs, **lengths)
+    ]
     assert [len(row.tasks) for row in together] == [2, 2]
     alone = [
         packed_pair_row([p], length=p.sizes[0], target_length=p.sizes[1], decoder_start_token_id=7)

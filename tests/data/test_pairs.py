@@ -1,5 +1,6 @@
 """Pairs: one end behind every text, rows against a written-out best fit, the shift against the model's own."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +15,12 @@ from transformers import PreTrainedTokenizerFast
 
 from flanmoe.core.errors import ConfigError, DataError
 from flanmoe.data.example import PackedPair, Rendered
-from flanmoe.data.packing import PackingConfig, PackingReport, TaskCounts
+from flanmoe.data.packing import PackingConfig, PackingReport
 from flanmoe.data.pairs import (
     TokenizedPair,
     assign_pair_rows,
-    fit_pairs,
-    pack_pairs,
+    fitted_pair,
+    grouped_pairs,
     packed_pair_row,
     tokenize_pairs,
 )
@@ -27,6 +28,12 @@ from flanmoe.models.flan_moe_t5.segments import shifted_right
 from flanmoe.testing.tiny_models import tiny_text_tokenizer
 
 END = 1
+
+
+def packed_rows(pairs: Sequence[TokenizedPair], **options: int) -> list[PackedPair]:
+    """What a stream makes of the pairs of one window."""
+    lengths = {name: options[name] for name in ("length", "target_length")}
+    return [packed_pair_row(row, **options) for row in grouped_pairs(pairs, **lengths)]
 
 
 def pair(inputs: Sequence[int], targets: Sequence[int], task: str = "task") -> TokenizedPair:
@@ -201,7 +208,7 @@ def _segments(ids: np.ndarray, numbers: np.ndarray, count: int) -> list[list[int
 def test_packing_keeps_every_token_of_both_sides_in_order(
     pairs: list[tuple[list[int], list[int]]], length: int, target_length: int
 ) -> None:
-    rows = pack_pairs(
+    rows = packed_rows(
         [pair(*texts, task=f"t{index}") for index, texts in enumerate(pairs)],
         length=length,
         target_length=target_length,
@@ -228,7 +235,7 @@ def test_packing_keeps_every_token_of_both_sides_in_order(
 def test_the_decoder_is_given_what_the_model_would_give_itself(
     pairs: list[tuple[list[int], list[int]]], start: int
 ) -> None:
-    rows = pack_pairs(
+    rows = packed_rows(
         [pair(*texts) for texts in pairs],
         length=20,
         target_length=11,
@@ -253,9 +260,12 @@ def test_what_is_too_long_on_either_side_is_dropped_and_counted() -> None:
         pair([9], [8] * 4, "b"),
         pair([9] * 9, [8] * 9, "b"),
     ]
-    kept, report = fit_pairs(pairs, CONFIG)
-    assert [one.sizes for one in kept] == [(4, 3)]
-    assert report.tasks == {"a": TaskCounts(dropped=1), "b": TaskCounts(dropped=2)}
+    found = [fitted_pair(one, CONFIG) for one in pairs]
+    assert [one.sizes for one, _ in found if one is not None] == [(4, 3)]
+    done = Counter(
+        (one.task, change) for one, (_, change) in zip(pairs, found, strict=True) if change
+    )
+    assert done == {("a", "dropped"): 1, ("b", "dropped"): 2}
 
 
 def test_a_cut_input_keeps_its_end_and_a_cut_target_gets_none() -> None:
@@ -265,19 +275,23 @@ def test_a_cut_input_keeps_its_end_and_a_cut_target_gets_none() -> None:
         pair([5, END], [9, 8, 7, END], "b"),
         pair([5, 6, 7, END], [9, 8, END], "c"),
     ]
-    kept, report = fit_pairs(pairs, config)
+    found = [fitted_pair(one, config) for one in pairs]
+    kept = [one for one, _ in found if one is not None]
     assert [(one.input_ids.tolist(), one.target_ids.tolist()) for one in kept] == [
         ([5, 6, 7, END], [9, END]),
         ([5, END], [9, 8, 7]),
         ([5, 6, 7, END], [9, 8, END]),
     ]
-    assert report.tasks == {"a": TaskCounts(truncated=1), "b": TaskCounts(truncated=1)}
+    done = Counter(
+        (one.task, change) for one, (_, change) in zip(pairs, found, strict=True) if change
+    )
+    assert done == {("a", "truncated"): 1, ("b", "truncated"): 1}
 
 
 def test_what_is_too_long_is_an_error_when_asked_for() -> None:
     config = PackingConfig(length=4, target_length=3, on_too_long="error")
     with pytest.raises(DataError) as caught:
-        fit_pairs([pair([5] * 6, [1], "sums")], config)
+        fitted_pair(pair([5] * 6, [1], "sums"), config)
     assert str(caught.value) == (
         "Example `[5, 5, 5, 5, 5, 5]` of task `sums` must have at most 4 input tokens (`packing.length`) and "
         "3 target tokens (`packing.target_length`), but has 6 and 1. Raise them, or set "
@@ -287,7 +301,7 @@ def test_what_is_too_long_is_an_error_when_asked_for() -> None:
 
 def test_pairs_need_a_length_for_targets() -> None:
     with pytest.raises(ConfigError, match=r"`packing.target_length` must say how many .* is null"):
-        fit_pairs([pair([5], [1])], PackingConfig(length=4))
+        fitted_pair(pair([5], [1]), PackingConfig(length=4))
 
 
 def test_a_report_adds_up_rows_of_both_kinds_of_loss() -> None:

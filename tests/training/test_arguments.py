@@ -46,7 +46,7 @@ def arguments(folder: Path, **values: Any) -> TrainingArguments:
             "sharding: must be `none` with `optimizer: adafactor`, but is `fsdp`; its statistics are "
             "taken over whole weights",
         ),
-        ({"target_length": 0}, "target_length: Input should be greater than or equal to 1"),
+        ({"target_length": 1}, "target_length: Input should be greater than or equal to 2"),
         ({"precision": "float16"}, "precision: Input should be 'bfloat16' or 'float32'"),
         ({"router": {"scope": "all"}}, "router.scope: Input should be 'sequence', 'global'"),
         ({"router": {"z_coefficient": -1}}, "router.z_coefficient: Input should be greater than"),

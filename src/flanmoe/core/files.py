@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flanmoe.core.errors import DiskError
+from flanmoe.core.errors import DiskError, RunError
 
 _TAIL_BYTES = 65536
 _PARTIAL_FOLDER = ".partial"
@@ -46,6 +46,22 @@ def _full(path: Path, error: Exception) -> str:
         f"Writing {path} failed: {error}. {free:.1f} GiB are free there. Free some space or choose "
         "another folder with `--out`; what was finished before is kept and `--resume` goes on from it."
     )
+
+
+def require_new_folder(folder: Path, *, way_out: str) -> None:
+    """Refuse to write into a folder that holds something.
+
+    Args:
+        folder: where something is to be written.
+        way_out: what the user can do, as a sentence without its point.
+
+    Raises:
+        RunError: if it holds files.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise RunError(
+            f"The folder {folder} must be empty or new, but already holds files. {way_out}."
+        )
 
 
 @contextmanager

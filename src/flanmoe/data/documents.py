@@ -42,8 +42,7 @@ class DocumentSource(Config):
 
     @model_validator(mode="after")
     def _plain_text_has_no_parts(self) -> "DocumentSource":
-        fields = type(self).model_fields
-        chosen = [name for name in fields if getattr(self, name) != fields[name].default]
+        chosen = list(self.model_dump(exclude_defaults=True))
         if self.is_plain_text and chosen != ["name"]:
             raise ValueError(
                 f"a {TEXT_SUFFIX} file is one text as a whole, but found {listing(chosen[1:])}; leave "

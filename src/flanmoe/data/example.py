@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+# The label of a place that enters no loss, as transformers has it.
+IGNORED_LABEL = -100
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -116,7 +119,7 @@ class Packed:
     @property
     def num_loss_tokens(self) -> int:
         """Tokens whose prediction enters the loss; never the first of a row."""
-        return int((self.labels[1:] != -100).sum())
+        return int((self.labels[1:] != IGNORED_LABEL).sum())
 
     @property
     def segment_sizes(self) -> tuple[int, ...]:
@@ -157,7 +160,7 @@ class PackedPair:
     @property
     def num_loss_tokens(self) -> int:
         """Tokens whose prediction enters the loss."""
-        return int((self.labels != -100).sum())
+        return int((self.labels != IGNORED_LABEL).sum())
 
     @property
     def segment_sizes(self) -> tuple[int, ...]:

@@ -19,10 +19,8 @@ from pydantic import Field
 
 from flanmoe.core.config import Config
 from flanmoe.core.errors import DataError
-from flanmoe.data.example import Packed, PackedPair, Rendered
+from flanmoe.data.example import IGNORED_LABEL, Packed, PackedPair, Rendered
 from flanmoe.data.tokenizer import Tokenizer
-
-IGNORED_LABEL = -100
 
 
 class PackingConfig(Config):

@@ -5,20 +5,17 @@ decreasing in two dimensions (a form of vector packing; Johnson, 1973, is the ca
 the larger relative size first, each into the row of which it leaves the least.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Int
 
 from flanmoe.core.errors import ConfigError, DataError
-from flanmoe.data.example import PackedPair, Rendered
+from flanmoe.data.example import IGNORED_LABEL, PackedPair, Rendered
 from flanmoe.data.packing import (
-    IGNORED_LABEL,
     Change,
     PackingConfig,
-    PackingReport,
-    PackingTally,
 )
 from flanmoe.data.tokenizer import Tokenizer, end_of_text_id
 
@@ -108,30 +105,15 @@ def row_lengths(config: PackingConfig) -> tuple[int, int]:
     return config.length, config.target_length
 
 
-def fit_pairs(
-    pairs: Iterable[TokenizedPair], config: PackingConfig
-) -> tuple[list[TokenizedPair], PackingReport]:
-    """Return the pairs that fit in a row, and a report of what was dropped or truncated.
-
-    Raises:
-        DataError: for the first pair that is too long, when the config asks for an error.
-        ConfigError: if the config sets no length for targets.
-    """
-    kept: list[TokenizedPair] = []
-    tally = PackingTally()
-    for pair in pairs:
-        fitting, change = fitted_pair(pair, config)
-        if fitting is not None:
-            kept.append(fitting)
-        if change is not None:
-            tally.add_change(pair.task, change)
-    return kept, tally.report()
-
-
 def fitted_pair(
     pair: TokenizedPair, config: PackingConfig
 ) -> tuple[TokenizedPair | None, Change | None]:
-    """Return what of a pair goes into a row, and what was done to it; see `fit_pairs`."""
+    """Return what of a pair goes into a row, and what was done to it.
+
+    Raises:
+        DataError: if it is too long, when the config asks for an error.
+        ConfigError: if the config sets no length for targets.
+    """
     lengths = row_lengths(config)
     inputs, targets = pair.sizes
     if inputs <= lengths[0] and targets <= lengths[1]:
@@ -186,42 +168,6 @@ def assign_pair_rows(
         if len(rows[row]) == most_in_a_row:
             spaces[row] = 0
     return sorted(sorted(row) for row in rows)
-
-
-def pack_pairs(
-    pairs: Sequence[TokenizedPair],
-    *,
-    length: int,
-    target_length: int,
-    decoder_start_token_id: int,
-    padding: int = 0,
-    most_in_a_row: int | None = None,
-) -> list[PackedPair]:
-    """Put pairs into as few rows as best-fit decreasing in two dimensions finds.
-
-    Args:
-        pairs: none longer than a row on either side (see `fit_pairs`).
-        length, target_length: tokens of a row on the encoder's and on the decoder's side.
-        decoder_start_token_id: what the decoder is given first; the model's configuration says it.
-        padding: the token id that fills up rows.
-        most_in_a_row: how many pairs may share a row; None for as many as fit.
-
-    Raises:
-        ValueError: if a side is empty or longer than its row.
-    """
-    rows = grouped_pairs(
-        pairs, length=length, target_length=target_length, most_in_a_row=most_in_a_row
-    )
-    return [
-        packed_pair_row(
-            row,
-            length=length,
-            target_length=target_length,
-            decoder_start_token_id=decoder_start_token_id,
-            padding=padding,
-        )
-        for row in rows
-    ]
 
 
 def grouped_pairs(

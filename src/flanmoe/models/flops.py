@@ -77,6 +77,27 @@ class EncoderDecoderFlopCount(Config):
         """
         return (self.encoder.body + self.decoder.body) / 2
 
+    def of_a_token(self, context_length: int) -> FlopCount:
+        """Return the operations of one token, averaged over an input with its target.
+
+        Args:
+            context_length: what the count is to say of its context.
+        """
+        lengths = (self.encoder.context_length, self.decoder.context_length)
+
+        def mean(name: str) -> float:
+            sides = (getattr(self.encoder, name), getattr(self.decoder, name))
+            total = sum(length * side for length, side in zip(lengths, sides, strict=True))
+            return total / sum(lengths)
+
+        return FlopCount(
+            context_length=context_length,
+            body=round(mean("body")),
+            router=round(mean("router")),
+            head=round(mean("head")),
+            attention_scores=mean("attention_scores"),
+        )
+
     @property
     def per_example(self) -> float:
         """Operations of one input with its target."""
@@ -106,7 +127,10 @@ def count_flops(
     """
     model = as_model(model_or_config)
     if model.config.is_encoder_decoder:
-        return _half_and_half(model, context_length)
+        both = count_encoder_decoder_flops(
+            model, input_length=context_length, target_length=context_length
+        )
+        return both.of_a_token(context_length)
     costs = _Costs(model)
     return FlopCount(
         context_length=context_length,
@@ -157,19 +181,6 @@ def count_encoder_decoder_flops(
                 decoder, own=_average_keys(target_length, None), crossed=input_length
             ),
         ),
-    )
-
-
-def _half_and_half(model: PreTrainedModel, length: int) -> FlopCount:
-    count = count_encoder_decoder_flops(model, input_length=length, target_length=length)
-    encoder, decoder = count.encoder, count.decoder
-    return FlopCount(
-        context_length=length,
-        # All counts of matrices are even.
-        body=(encoder.body + decoder.body) // 2,
-        router=(encoder.router + decoder.router) // 2,
-        head=decoder.head // 2,
-        attention_scores=(encoder.attention_scores + decoder.attention_scores) / 2,
     )
 
 

@@ -12,8 +12,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -30,6 +28,7 @@ from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.embedded import EMBEDDED_NAME, embedded_model_path
 from flanmoe.models.experts_interface import EXPERTS_IMPLEMENTATION
 from flanmoe.models.flan_moe_t5.configuration import FlanMoeT5Config
+from flanmoe.models.meta import auto_class
 from flanmoe.models.router_precision import run_routers_outside_autocast
 
 # A folder without it is no model, so whoever saves one writes it last.
@@ -71,7 +70,7 @@ def load_config(reference: str) -> PreTrainedConfig:
         ModelError: if it cannot be read, or is of neither of the two.
     """
     place = resolve_reference(reference)
-    with _one_sentence(reference, "configuration"):
+    with loading_errors(reference, "configuration"):
         config = AutoConfig.from_pretrained(place)
     if not _writes_answers(config):
         _check_causal(reference, config)
@@ -88,10 +87,9 @@ def load_model(reference: str, *, dtype: torch.dtype = torch.float32) -> PreTrai
         ModelError: if it cannot be loaded, is neither of the two, or its files lack weights.
     """
     config = load_config(reference)
-    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     written_in = config.dtype
-    with _one_sentence(reference, "weights"):
-        loaded: Any = auto_class.from_pretrained(
+    with loading_errors(reference, "weights"):
+        loaded: Any = auto_class(config).from_pretrained(
             resolve_reference(reference), config=config, dtype=dtype, output_loading_info=True
         )
     model, report = loaded
@@ -139,7 +137,7 @@ def load_tokenizer(reference: str) -> PreTrainedTokenizerBase:
         ModelError: if it cannot be loaded, or has no end-of-text token.
     """
     place = resolve_reference(reference)
-    with _one_sentence(reference, "tokenizer"):
+    with loading_errors(reference, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(place)
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -188,7 +186,12 @@ def _names(mismatched: set[tuple] | list[tuple]) -> set[str]:
 
 
 @contextmanager
-def _one_sentence(reference: str, part: str) -> Iterator[None]:
+def loading_errors(reference: str, part: str) -> Iterator[None]:
+    """Say in one sentence why a part of a model (`weights`, `tokenizer`) cannot be read.
+
+    Raises:
+        ModelError: for whatever transformers and safetensors raise inside the `with` block.
+    """
     try:
         yield
     except _LOADING_ERRORS as error:

@@ -1,6 +1,7 @@
 """Models without weights: the module tree of a configuration on the meta device, to be counted."""
 
 import copy
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,15 +16,19 @@ from transformers import (
 from flanmoe.core.errors import ModelError
 
 
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Return transformers' Auto class of a language model: of encoder-decoders, or of causal ones."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Build the language model of a configuration on the meta device: every shape, no memory.
 
     A causal one, or an encoder-decoder where the configuration is of one. Tied embeddings are one
     parameter there too. The configuration itself is left as it is.
     """
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
-        return kind.from_config(copy.deepcopy(config)).eval()
+        return auto_class(config).from_config(copy.deepcopy(config)).eval()
 
 
 def as_model(model_or_config: PreTrainedModel | PreTrainedConfig) -> PreTrainedModel:

@@ -23,15 +23,4 @@ def count_row_flops(
     if target_length is None:
         return count_flops(model, context_length=length)
     both = count_encoder_decoder_flops(model, input_length=length, target_length=target_length)
-
-    def mean(of_input: float | int, of_target: float | int) -> float:
-        return (length * of_input + target_length * of_target) / (length + target_length)
-
-    encoder, decoder = both.encoder, both.decoder
-    return FlopCount(
-        context_length=length + target_length,
-        body=round(mean(encoder.body, decoder.body)),
-        router=round(mean(encoder.router, decoder.router)),
-        head=round(mean(encoder.head, decoder.head)),
-        attention_scores=mean(encoder.attention_scores, decoder.attention_scores),
-    )
+    return both.of_a_token(length + target_length)

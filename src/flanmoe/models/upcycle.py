@@ -14,8 +14,6 @@ from jaxtyping import Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -29,12 +27,11 @@ from flanmoe.models.blocks import require_moe_blocks
 from flanmoe.models.experts_from_ffn import ModeConfig, fill_experts, fill_router
 from flanmoe.models.experts_interface import EXPERTS_IMPLEMENTATION
 from flanmoe.models.families import SparseShape, family_of
+from flanmoe.models.meta import auto_class
 from flanmoe.models.router_precision import run_routers_outside_autocast
 from flanmoe.moe.block import ExpertWeights
 
 STEP0_TOLERANCE = 1e-3
-# What `flan_moe_t5.upcycle` takes.
-_ENCODER_DECODERS = ("t5", "flan_moe_t5")
 
 
 class UpcycleConfig(ModeConfig):
@@ -74,7 +71,7 @@ def sparse_config(dense: PreTrainedConfig, config: UpcycleConfig) -> PreTrainedC
         ModelError: if the model type or one of its options cannot be upcycled, or the FFN cannot be
             cut into `granularity` equal slices.
     """
-    if dense.model_type in _ENCODER_DECODERS:
+    if dense.is_encoder_decoder:
         raise ModelError(
             f"The base of the stage `upcycle` must be a decoder, but its type is `{dense.model_type}`. Name "
             "its routers: `encoder_router` and `decoder_router` of the stage `upcycle_t5`, "
@@ -160,9 +157,8 @@ def empty_sparse(dense: PreTrainedModel, config: PreTrainedConfig) -> PreTrained
 
     It gets the dense model's dtype, attention and generation settings, and evaluation mode.
     """
-    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with no_init_weights():
-        sparse = auto_class.from_config(
+        sparse = auto_class(config).from_config(
             config,
             dtype=dense.dtype,
             attn_implementation=dense.config._attn_implementation,

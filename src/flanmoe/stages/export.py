@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -17,23 +15,24 @@ from transformers import (
 
 from flanmoe.core.config import Config
 from flanmoe.core.console import progress, say
-from flanmoe.core.errors import ModelError, RunError
-from flanmoe.core.files import whole_folder
+from flanmoe.core.errors import ModelError
+from flanmoe.core.files import require_new_folder, whole_folder
 from flanmoe.core.names import listing
 from flanmoe.core.rundir import RunDir
+from flanmoe.data.example import IGNORED_LABEL
 from flanmoe.evaluation.results import write_training_hashes
 from flanmoe.models.flan_moe_t5 import FlanMoeT5Config, FlanMoeT5ForConditionalGeneration
 from flanmoe.models.flan_moe_t5.switch import require_switch, to_switch
 from flanmoe.models.flan_moe_t5.switch_reasons import deviations_of_switch, sparse_routers
 from flanmoe.models.flan_moe_t5.t5 import to_t5
 from flanmoe.models.loading import MODEL_MARKER, load_config, load_model, save_model
+from flanmoe.models.meta import auto_class
 from flanmoe.stages.held_model import HeldModel
 from flanmoe.stages.upcycle import probe_tokens
 
 # Of the largest logit, or of 1 if that is larger: rounding in float32, many layers deep.
 TOLERANCE = 1e-4
 _PROBE_ROWS = (128, 48)
-_IGNORED = -100
 
 
 class ExportResult(Config):
@@ -86,10 +85,7 @@ def export_folder(reference: str, out: Path) -> dict[str, Any]:
         ModelError: if the model cannot be loaded, has no native class that says all that it says (every reason
             is listed), or differs from what was written.
     """
-    if out.exists() and any(out.iterdir()):
-        raise RunError(
-            f"The folder {out} must be empty or new, but already holds files. Name another one as OUT."
-        )
+    require_new_folder(out, way_out="Name another one as OUT")
     config = load_config(reference)
     if isinstance(config, FlanMoeT5Config) and sparse_routers(config):
         # Before weights are read, which may take minutes.
@@ -119,6 +115,7 @@ def _export(held: HeldModel, out: Path, dtype: torch.dtype) -> ExportResult:
             source = load_model(held.reference, dtype=dtype)
         native, deviations = as_native(source)
         written_class, was_native = type(native).__name__, native is source
+        written_config = native.config
         advance(note="converted")
         with whole_folder(out, marker=MODEL_MARKER) as partial:
             save_model(native, tokenizer, partial)
@@ -126,7 +123,7 @@ def _export(held: HeldModel, out: Path, dtype: torch.dtype) -> ExportResult:
             # The reloaded model takes their place in memory.
             del native, source
             advance(note="written")
-            written = _reloaded(partial, encoder_decoder="labels" in probe.inputs)
+            written = _reloaded(partial, written_config)
             difference = _difference(expected, probe_logits(written, probe))
         advance(note="compared")
     return ExportResult(
@@ -175,9 +172,9 @@ def probe_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Pro
     if not model.config.is_encoder_decoder:
         return Probe(inputs, mask.bool())
     labels = pad_sequence(
-        [second, first[: len(second) // 2]], batch_first=True, padding_value=_IGNORED
+        [second, first[: len(second) // 2]], batch_first=True, padding_value=IGNORED_LABEL
     )
-    return Probe({**inputs, "labels": labels}, labels != _IGNORED)
+    return Probe({**inputs, "labels": labels}, labels != IGNORED_LABEL)
 
 
 @torch.no_grad()
@@ -186,9 +183,10 @@ def probe_logits(model: PreTrainedModel, probe: Probe) -> Tensor:
     return model(**probe.inputs, use_cache=False).logits[probe.real]
 
 
-def _reloaded(folder: Path, *, encoder_decoder: bool) -> PreTrainedModel:
-    auto_class = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
-    loaded: Any = auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+def _reloaded(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
+    loaded: Any = auto_class(config).from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
     model, report = loaded
     amiss = sorted({*report["missing_keys"], *report["unexpected_keys"]})
     if amiss:

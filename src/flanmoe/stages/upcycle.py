@@ -9,8 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flanmoe.core.config import Config, apply_overrides
 from flanmoe.core.console import progress, say
-from flanmoe.core.errors import RunError
-from flanmoe.core.files import whole_folder
+from flanmoe.core.files import require_new_folder, whole_folder
 from flanmoe.core.rundir import RunDir
 from flanmoe.core.seeds import SeedTree
 from flanmoe.evaluation.results import write_training_hashes
@@ -121,10 +120,7 @@ def upcycle_folder(
         ConfigError: if a setting is wrong.
         ModelError: if the base cannot be upcycled as asked.
     """
-    if out.exists() and any(out.iterdir()):
-        raise RunError(
-            f"The folder {out} must be empty or new, but already holds files. Name another one as OUT."
-        )
+    require_new_folder(out, way_out="Name another one as OUT")
     stage = _stage_of(apply_overrides(values, overrides))
     _, result = upcycle_and_save(stage, HeldModel(base), out, SeedTree(seed).child("upcycle"))
     say(f"Written to {out}.")

@@ -69,7 +69,7 @@ class TuneConfig(Config):
     rows_per_step: int = Field(default=8, ge=1)
     micro_batch_rows: int = Field(default=1, ge=1)
     length: int = Field(default=1024, ge=2)
-    target_length: int | None = Field(default=None, ge=1)
+    target_length: int | None = Field(default=None, ge=2)
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: float = Field(default=2e-5, gt=0)
     warmup_steps: int = Field(default=0, ge=0)

@@ -16,12 +16,11 @@ from transformers import PreTrainedModel
 
 from flanmoe.core.errors import DataError
 from flanmoe.data.collate import collate, collate_pairs
-from flanmoe.data.example import Packed, PackedPair
+from flanmoe.data.example import IGNORED_LABEL, Packed, PackedPair
 from flanmoe.models.flan_moe_t5.configuration import Side
 from flanmoe.models.packing import takes_segments
 from flanmoe.moe.block import MoEBlock
 from flanmoe.training.rows import (
-    IGNORED,
     Batch,
     StepTotals,
     example_numbers,
@@ -128,7 +127,7 @@ class PairForm(BatchForm):
 
     def totals(self, batches: Sequence[Batch]) -> dict[Side, StepTotals]:
         """Count what the micro-batches of one process hold; what enters the loss is the decoder's."""
-        loss_tokens = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+        loss_tokens = sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in batches)
         encoder = [batch["segment_ids"] for batch in batches]
         decoder = [batch["decoder_segment_ids"] for batch in batches]
         return {
@@ -142,7 +141,7 @@ class PairForm(BatchForm):
 
     def targets(self, batch: Batch) -> Targets:
         """Return the decoder's positions that enter the loss in any row, and their labels."""
-        positions = (batch["labels"] != IGNORED).any(dim=0).nonzero().squeeze(1)
+        positions = (batch["labels"] != IGNORED_LABEL).any(dim=0).nonzero().squeeze(1)
         return Targets(positions, batch["labels"][:, positions])
 
     def told_to_recorder(self, batch: Batch) -> Mapping[str, Tensor]:

@@ -11,12 +11,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from flanmoe.core.errors import DataError
 from flanmoe.data.collate import collate
-from flanmoe.data.example import Packed, PackedPair
+from flanmoe.data.example import IGNORED_LABEL, Packed, PackedPair
 
 Row = Packed | PackedPair
 Batch = dict[str, Tensor]
-
-IGNORED = -100
 
 
 @runtime_checkable
@@ -188,7 +186,7 @@ def target_positions(batch: Batch) -> Int[Tensor, " K"]:
 
 
 def _is_target(batch: Batch) -> Bool[Tensor, "B M"]:
-    return batch["labels"][:, 1:] != IGNORED
+    return batch["labels"][:, 1:] != IGNORED_LABEL
 
 
 def _numbers(segments: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:

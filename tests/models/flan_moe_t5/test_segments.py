@@ -19,8 +19,6 @@ def test_a_query_sees_its_own_segment(queries: list[int], keys: list[int], causa
             if causal:
                 sees = sees and column <= row
             assert bool(found[row, column]) == sees
-        # Nobody is left without anything to look at, but a query whose example has no keys.
-        assert found[row].any() or query not in keys
 
 
 @given(SEGMENTS, st.data())

@@ -25,6 +25,12 @@ _ACTIVATIONS: Mapping[str, str] = {
 }
 
 
+def placed_layers(num_layers: int, *, every: int, placement: str) -> tuple[int, ...]:
+    """Return which of so many layers are sparse by the rules of `FlanMoeT5Config`."""
+    remainder = every - 1 if placement == "last" else min(1, every - 1)
+    return tuple(layer for layer in range(num_layers) if layer % every == remainder)
+
+
 @strict
 class FlanMoeT5Config(PreTrainedConfig):
     """Configuration of `FlanMoeT5ForConditionalGeneration`. Names shared with T5 mean what they mean there.
@@ -185,8 +191,7 @@ class FlanMoeT5Config(PreTrainedConfig):
         every = getattr(self, f"{side}_sparse_every")
         if getattr(self, f"{side}_router") is None:
             return ()
-        remainder = every - 1 if self.sparse_placement == "last" else min(1, every - 1)
-        return tuple(layer for layer in range(self.layers(side)) if layer % every == remainder)
+        return placed_layers(self.layers(side), every=every, placement=self.sparse_placement)
 
     def of_side(self, side: Side) -> "FlanMoeT5Config":
         """Return what transformers' T5 modules of one side read."""

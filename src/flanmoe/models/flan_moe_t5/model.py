@@ -12,10 +12,8 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from flanmoe.models.flan_moe_t5.configuration import FlanMoeT5Config
-from flanmoe.models.flan_moe_t5.segments import require_both, shifted_right
+from flanmoe.models.flan_moe_t5.segments import IGNORED_LABEL, require_both, shifted_right
 from flanmoe.models.flan_moe_t5.stack import FlanMoeT5PreTrainedModel, FlanMoeT5Stack
-
-_IGNORED = -100
 
 
 class FlanMoeT5ForConditionalGeneration(FlanMoeT5PreTrainedModel, GenerationMixin):
@@ -167,4 +165,6 @@ def _output(loss: Tensor | None, logits: Tensor, encoded: Any, decoded: Any) -> 
 
 
 def _cross_entropy(logits: Float[Tensor, "B L V"], labels: Int[Tensor, "B L"]) -> Float[Tensor, ""]:
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=_IGNORED)
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED_LABEL
+    )

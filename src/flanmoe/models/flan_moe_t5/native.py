@@ -5,26 +5,22 @@ are refused by name.
 """
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from flanmoe.core.errors import ModelError
 from flanmoe.core.names import listing
-from flanmoe.models.loading import load_config, resolve_reference
+from flanmoe.models.loading import load_config, loading_errors, resolve_reference
 
 HEAD = "lm_head.weight"
 SHARED_TABLE = "shared.weight"
 SIDE_TABLES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
-# What transformers and safetensors raise for files that are missing, torn, foreign or unreachable.
-_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 # Settings that T5, Switch and FlanMoeT5 spell alike and mean alike.
 _SHARED_FIELDS = (
     "vocab_size",
@@ -168,7 +164,7 @@ def load_native(
             f"A checkpoint of type `{wanted}` is needed, but {reference} is of type "
             f"`{config.model_type}`. Name another one."
         )
-    with _one_sentence(reference):
+    with loading_errors(reference, "weights"):
         loaded: Any = kind.from_pretrained(
             resolve_reference(reference),
             config=config,
@@ -189,15 +185,3 @@ def load_native(
         ],
     )
     return model.eval(), missing
-
-
-@contextmanager
-def _one_sentence(reference: str) -> Iterator[None]:
-    try:
-        yield
-    except _LOADING_ERRORS as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise ModelError(
-            f"The weights of the model {reference} cannot be read: {reason}. Name a folder that "
-            "`save_pretrained` wrote, or a hub id that this machine can reach."
-        ) from error

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from flanmoe.core.errors import ModelError
 
+# The label of a place that enters no loss, as transformers has it.
+IGNORED_LABEL = -100
+
 
 def own_segment(
     queries: Int[Tensor, "B Q"], keys: Int[Tensor, "B K"], *, causal: bool
@@ -18,7 +21,7 @@ def own_segment(
     """Return True where a query may see a key: tokens of its own segment, none behind it if causal.
 
     A query of padding sees all padding, and everything where there is none, so that no softmax is empty;
-    nothing comes of it.
+    nothing comes of it. An example without tokens on the other side sees nothing there.
     """
     padding = (queries == 0).unsqueeze(2) & ~(keys == 0).any(dim=1).view(-1, 1, 1)
     sees = (queries.unsqueeze(2) == keys.unsqueeze(1)) | padding
@@ -47,7 +50,7 @@ def shifted_right(
         segments: the number of each token's example; without it every row is one.
         start_token_id, pad_token_id: token ids.
     """
-    tokens = labels.masked_fill(labels == -100, pad_token_id)
+    tokens = labels.masked_fill(labels == IGNORED_LABEL, pad_token_id)
     shifted = tokens.roll(1, dims=1)
     if segments is None:
         begins = torch.zeros_like(labels, dtype=torch.bool)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from transformers import SwitchTransformersConfig
 
 from flanmoe.core.errors import ConfigError
-from flanmoe.models.flan_moe_t5.configuration import SIDES, FlanMoeT5Config, Side
+from flanmoe.models.flan_moe_t5.configuration import SIDES, FlanMoeT5Config, Side, placed_layers
 from flanmoe.models.flan_moe_t5.switch_capacity import UNLIMITED, their_capacity
 from flanmoe.moe.routers import RouterConfig, SwitchConfig, TopKConfig
 from flanmoe.moe.routers.capacity import CapacityConfig
@@ -35,9 +35,7 @@ def sparse_routers(config: FlanMoeT5Config) -> dict[Side, RouterConfig]:
 
 def their_layers(num_layers: int, step: int) -> tuple[int, ...]:
     """Return which layers transformers makes sparse: i mod step == 1, all for step 1, none for step 0."""
-    if step == 0:
-        return ()
-    return tuple(layer for layer in range(num_layers) if step == 1 or layer % step == 1)
+    return placed_layers(num_layers, every=step, placement="second") if step else ()
 
 
 def their_step(config: FlanMoeT5Config, side: Side) -> int | None:

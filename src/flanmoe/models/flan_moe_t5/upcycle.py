@@ -24,7 +24,7 @@ from flanmoe.core.seeds import SeedTree
 from flanmoe.models.blocks import require_moe_blocks
 from flanmoe.models.experts_from_ffn import Mode, ModeConfig, fill_experts, fill_router
 from flanmoe.models.flan_moe_t5.chosen_router import ChosenRouter
-from flanmoe.models.flan_moe_t5.configuration import SIDES, FlanMoeT5Config, Side
+from flanmoe.models.flan_moe_t5.configuration import SIDES, FlanMoeT5Config, Side, placed_layers
 from flanmoe.models.flan_moe_t5.model import FlanMoeT5ForConditionalGeneration
 from flanmoe.models.upcycle import copy_shared, empty_sparse, require_floating_weights
 from flanmoe.moe.block import ExpertWeights
@@ -229,8 +229,8 @@ def _settings(router: RouterConfig | None) -> dict[str, Any] | None:
 def _check_a_layer_is_left(dense: PreTrainedConfig, config: T5UpcycleConfig, side: Side) -> None:
     layers = dense.num_layers if side == "encoder" else dense.num_decoder_layers
     every = config.every(side)
-    fewest = every if config.placement == "last" else min(2, every)
-    if config.router(side) is not None and layers < fewest:
+    sparse = placed_layers(layers, every=every, placement=config.placement)
+    if config.router(side) is not None and not sparse:
         raise ModelError(
             f"`{side}_every` must leave a sparse layer, but with {every} and `placement: {config.placement}` "
             f"none of the {layers} layers of the {side} is one. Lower it, or leave `{side}_router` out."
