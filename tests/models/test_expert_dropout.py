@@ -10,7 +10,7 @@ from flanmoe.core.errors import ConfigError, ModelError
 from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.expert_dropout import check_expert_dropout, expert_dropout, set_expert_dropout
 from flanmoe.models.experts_interface import fused_experts
-from flanmoe.moe.experts import hidden_dropout
+from flanmoe.moe.compute import hidden_dropout
 from flanmoe.moe.layer import Experts, ExpertsConfig, SparseFFN
 from flanmoe.moe.routers import parse_router
 from flanmoe.testing.tiny_models import DENSE_NAMES, SPARSE_NAMES, tiny_model

@@ -13,7 +13,7 @@ from st_moe_pytorch import MoE
 from torch import Tensor
 from torch.nn import functional as F
 
-from flanmoe.moe.experts import FusedExperts, expert_ffn
+from flanmoe.moe.compute import FusedExperts, expert_ffn
 from flanmoe.moe.losses import balance_loss, router_probabilities, z_loss
 from flanmoe.moe.routers import CapacityConfig, StMoeConfig
 from flanmoe.moe.routers.second_choice import SecondChoice

@@ -18,7 +18,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
     load_balancing_loss_func,
 )
 
-from flanmoe.moe.experts import FusedExperts, expert_ffn
+from flanmoe.moe.compute import FusedExperts, expert_ffn
 from flanmoe.moe.losses import balance_loss
 from flanmoe.moe.routers import CapacityConfig, SwitchConfig
 from flanmoe.moe.routing import Routing

@@ -18,7 +18,7 @@ from flanmoe.core.seeds import SeedTree
 from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.expert_dropout import set_expert_dropout
 from flanmoe.models.freezing import WhatTrains, freeze, what_trains
-from flanmoe.moe.experts import hidden_dropout
+from flanmoe.moe.compute import hidden_dropout
 from flanmoe.stages.context import StageContext
 from flanmoe.stages.held_model import HeldModel
 from flanmoe.stages.recipe import TuneStage

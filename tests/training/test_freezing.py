@@ -13,7 +13,7 @@ from flanmoe.core.errors import ModelError
 from flanmoe.data.example import Packed
 from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.freezing import freeze, what_trains
-from flanmoe.moe.experts import hidden_dropout
+from flanmoe.moe.compute import hidden_dropout
 from flanmoe.testing.tiny_models import tiny_model
 from flanmoe.testing.tuning import tune_rows
 from flanmoe.training.tune import TuneResult

@@ -16,7 +16,7 @@ from flanmoe.models.flops import attention_widths
 from flanmoe.models.meta import embedding_weight, head_weight
 from flanmoe.models.precision import Precision
 from flanmoe.moe.block import MoEBlock
-from flanmoe.moe.experts import ROW_MULTIPLE
+from flanmoe.moe.compute import ROW_MULTIPLE
 
 FLOAT32_BYTES = 4
 COMPUTE_BYTES: Mapping[Precision, int] = {"bfloat16": 2, "float32": 4}

@@ -18,7 +18,7 @@ from transformers.activations import NewGELUActivation
 
 from flanmoe.models.activations import FLOAT32_BYTES, SideBatch
 from flanmoe.models.expert_visits import RoutedExperts
-from flanmoe.moe.experts import ROW_MULTIPLE, hidden_dropout
+from flanmoe.moe.compute import ROW_MULTIPLE, hidden_dropout
 from flanmoe.moe.layer import Experts
 
 

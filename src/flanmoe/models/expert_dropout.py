@@ -14,7 +14,7 @@ from flanmoe.core.errors import ConfigError, ModelError
 from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.experts_interface import EXPERTS_IMPLEMENTATION, experts_implementation
 from flanmoe.moe.block import MoEBlock
-from flanmoe.moe.experts import hidden_dropout, set_hidden_dropout
+from flanmoe.moe.compute import hidden_dropout, set_hidden_dropout
 from flanmoe.moe.layer import Experts
 
 

@@ -11,7 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from flanmoe.moe.experts import FusedExperts, expert_ffn, hidden_dropout
+from flanmoe.moe.compute import (
+    FusedExperts,
+    expert_ffn,
+    expert_observer,
+    hidden_dropout,
+)
 
 EXPERTS_IMPLEMENTATION = "flanmoe"
 
@@ -35,6 +40,7 @@ def fused_experts(module: Any) -> FusedExperts:
         down_bias=module.down_proj_bias if module.has_bias else None,
         output_norm=module.post_expert_norm if module.has_post_expert_norm else None,
         hidden_dropout=hidden_dropout(module) if module.training else 0.0,
+        observer=expert_observer(module),
     )
 
 

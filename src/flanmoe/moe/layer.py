@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from flanmoe.core.config import Config
 from flanmoe.core.errors import ModelError
-from flanmoe.moe.experts import (
+from flanmoe.moe.compute import (
     FusedExperts,
     expert_ffn,
+    expert_observer,
     gated,
     hidden_dropout,
     set_hidden_dropout,
@@ -95,6 +96,7 @@ class Experts(nn.Module):
             down=self.down_proj,
             combine=gated(activation) if self.has_gate else activation,
             hidden_dropout=hidden_dropout(self) if self.training else 0.0,
+            observer=expert_observer(self),
         )
 
     def forward(

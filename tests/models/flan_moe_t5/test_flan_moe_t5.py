@@ -16,7 +16,7 @@ from flanmoe.core.errors import ConfigError, ModelError
 from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.flan_moe_t5 import FlanMoeT5Config, FlanMoeT5ForConditionalGeneration
 from flanmoe.models.loading import load_model
-from flanmoe.moe.experts import expert_ffn_reference
+from flanmoe.moe.compute import expert_ffn_reference
 from flanmoe.moe.recorder import RoutingRecorder
 from flanmoe.moe.replay import RoutingReplay
 

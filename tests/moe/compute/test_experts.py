@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from flanmoe.moe.experts import FusedExperts, expert_ffn, expert_ffn_reference, gated
+from flanmoe.moe.compute import FusedExperts, expert_ffn, expert_ffn_reference, gated
 
 
 @st.composite

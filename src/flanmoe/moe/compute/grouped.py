@@ -1,65 +1,16 @@
-"""Expert compute: one fast function for every sparse block, and the sum that defines it.
+"""`expert_ffn`: assignments sorted by expert, one product for each expert over its own tokens."""
 
-Axes: T tokens, k choices a token, E experts, H hidden size, I expert width, F width of the first
-product (2I for gated experts). An expert id of E or above stands for "no expert": the assignment
-adds nothing. That is how a dropped token, or an expert that lives on another rank, is written.
-"""
-
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+
+from flanmoe.moe.compute.fused import ExpertOutputs, FusedExperts
 
 # Rows of an expert are rounded up to a multiple of this where kernels are compiled for each shape.
 ROW_MULTIPLE = 32
-# Attribute of an experts module that holds its rate of expert dropout.
-_HIDDEN_DROPOUT = "flanmoe_hidden_dropout"
-
-
-@dataclass(frozen=True, slots=True)
-class FusedExperts:
-    """The matrices of all experts of one block, and what happens between them.
-
-    An expert computes `output_norm(down @ combine(gate_up @ x + gate_up_bias) + down_bias)`, in
-    training with dropout on what `combine` returns (expert dropout).
-
-    Attributes:
-        gate_up: first matrices, fused; views with other strides are fine.
-        down: second matrices.
-        combine: turns the first product (N, F) into the second's input (N, I); see `gated`.
-        gate_up_bias, down_bias: biases, None where there are none.
-        output_norm: applied to each expert's output, None for the identity.
-        hidden_dropout: share of `combine`'s outputs that is set to 0, the rest scaled up by
-            1 / (1 - share); drawn from torch's global generator, expert after expert. Leave it at 0
-            outside training.
-    """
-
-    gate_up: Float[Tensor, "E F H"]
-    down: Float[Tensor, "E H I"]
-    combine: Callable[[Tensor], Tensor]
-    gate_up_bias: Float[Tensor, "E F"] | None = None
-    down_bias: Float[Tensor, "E H"] | None = None
-    output_norm: Callable[[Tensor], Tensor] | None = None
-    hidden_dropout: float = 0.0
-
-    @property
-    def num_experts(self) -> int:
-        """Number of experts."""
-        return self.gate_up.shape[0]
-
-
-def hidden_dropout(experts: nn.Module) -> float:
-    """Return the rate of expert dropout that an experts module trains with, 0 if none was set."""
-    return getattr(experts, _HIDDEN_DROPOUT, 0.0)
-
-
-def set_hidden_dropout(experts: nn.Module, rate: float) -> None:
-    """Set the rate of expert dropout that an experts module, ours or not, trains with."""
-    setattr(experts, _HIDDEN_DROPOUT, rate)
 
 
 class SingleExpert(NamedTuple):
@@ -69,16 +20,6 @@ class SingleExpert(NamedTuple):
     down: Float[Tensor, "H I"]
     gate_up_bias: Float[Tensor, " F"] | None
     down_bias: Float[Tensor, " H"] | None
-
-
-def gated(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return `activation(gate) * up` for products whose first half is the gate (SwiGLU and its kin)."""
-
-    def combine(product: Tensor) -> Tensor:
-        gate, up = product.chunk(2, dim=-1)
-        return activation(gate) * up
-
-    return combine
 
 
 def expert_ffn(
@@ -101,6 +42,8 @@ def expert_ffn(
     # likes.
     choices = hidden.unsqueeze(1).expand(-1, top_k, -1).flatten(0, 1)
     outputs = _run_sorted(choices.index_select(0, order), flat_ids, experts)
+    if experts.observer is not None:
+        _show(outputs, flat_ids[order], order // max(top_k, 1), gates.reshape(-1)[order], experts)
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel(), device=order.device)
     outputs = outputs.index_select(0, back).view(num_tokens, top_k, hidden.shape[-1])
@@ -128,6 +71,20 @@ def _run_sorted(
     if start < rows.shape[0] or not parts:
         parts.append(torch.zeros_like(rows[start:], dtype=parts[0].dtype if parts else rows.dtype))
     return torch.cat(parts)
+
+
+def _show(
+    outputs: Float[Tensor, "N H"],
+    expert_ids: Int[Tensor, " N"],
+    token_ids: Int[Tensor, " N"],
+    gates: Float[Tensor, " N"],
+    experts: FusedExperts,
+) -> None:
+    """Show the observer what was computed; assignments to no expert are the last ones."""
+    kept = int((expert_ids < experts.num_experts).sum())
+    assert experts.observer is not None
+    shown = ExpertOutputs(outputs[:kept], expert_ids[:kept], token_ids[:kept], gates[:kept])
+    experts.observer(ExpertOutputs(*(values.detach() for values in shown)))
 
 
 def _compiles_per_shape(rows: Float[Tensor, "N H"]) -> bool:
@@ -177,32 +134,3 @@ def _one_expert(
 def _counts(flat_ids: Int[Tensor, " N"], num_experts: int) -> list[int]:
     counts: list[int] = torch.bincount(flat_ids, minlength=num_experts).tolist()  # pyright: ignore
     return counts
-
-
-def expert_ffn_reference(
-    hidden: Float[Tensor, "T H"],
-    expert_ids: Int[Tensor, "T k"],
-    gates: Float[Tensor, "T k"],
-    experts: FusedExperts,
-) -> Float[Tensor, "T H"]:
-    """Define `expert_ffn` without dropout: the sum over tokens and choices. Slow; for tests."""
-    rows = [torch.zeros_like(row) for row in hidden]
-    for token in range(hidden.shape[0]):
-        for choice in range(expert_ids.shape[1]):
-            expert = int(expert_ids[token, choice])
-            if expert < experts.num_experts:
-                output = _written_out(hidden[token], expert, experts)
-                rows[token] = rows[token] + gates[token, choice] * output
-    return torch.stack(rows) if rows else torch.zeros_like(hidden)
-
-
-def _written_out(
-    token: Float[Tensor, " H"], expert: int, experts: FusedExperts
-) -> Float[Tensor, " H"]:
-    product = experts.gate_up[expert] @ token
-    if experts.gate_up_bias is not None:
-        product = product + experts.gate_up_bias[expert]
-    output = experts.down[expert] @ experts.combine(product)
-    if experts.down_bias is not None:
-        output = output + experts.down_bias[expert]
-    return output if experts.output_norm is None else experts.output_norm(output)
