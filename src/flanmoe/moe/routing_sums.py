@@ -157,8 +157,7 @@ class RoutingSums:
 
 
 def _entropies(probabilities: Float[Tensor, "T E"]) -> Float[Tensor, " T"]:
-    terms: Tensor = torch.special.entr(probabilities)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    return terms.sum(dim=1).double()
+    return -torch.xlogy(probabilities, probabilities).sum(dim=1).double()
 
 
 def _coactivation(
