@@ -1,88 +1,233 @@
-"""One optimizer step on packed rows: flanmoe beside transformers' own training path, in the same run.
+"""Optimizer steps of whole trainers on the same packed rows: flanmoe beside TRL's SFTTrainer.
 
-    python benchmarks/train_step.py --model smollm2-135m-instruct --upcycle --rounds 5
+    python benchmarks/train_step.py --upcycle --out benchmarks/results/train_step_sparse.json
 
-Every contender does the same step (same packed rows, float32 weights, bfloat16 autocast, fused AdamW) on its
-own copy of the model; contenders take turns, so that a drift of the machine falls on all of them. Prints one
-JSON object with medians of seconds and tokens per second and the median of paired ratios to flanmoe.
+Both train the same model on the same rows with the same learning rate, AdamW and precision, as their users
+start them; TRL is given the tokens without the padding at the ends of rows. They take turns, round after
+round, each time from the same weights, so that a drift of the machine falls on both. Prints one JSON object:
+median seconds of a step and tokens a second (the first step of every round is warm-up), the median of paired
+ratios, and the largest difference between the two loss curves. `pip install trl` first.
 """
 
 import argparse
 import json
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
 
+import numpy as np
 import torch
-from torch.nn import functional as F
-from transformers import PreTrainedModel
+from datasets import Dataset
+from transformers import PreTrainedModel, TrainerCallback
+from trl import SFTConfig, SFTTrainer
 
+from flanmoe.core.rundir import RunDir
 from flanmoe.core.seeds import SeedTree
-from flanmoe.data.collate import collate
+from flanmoe.data.example import Packed
 from flanmoe.data.mixture import Mixture, MixtureConfig
 from flanmoe.data.packing import PackingConfig
 from flanmoe.data.stream import PackedStream
 from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.loading import load_model, load_tokenizer
 from flanmoe.models.upcycle import UpcycleConfig, upcycle
-from flanmoe.moe.losses import balance_loss, z_loss
-from flanmoe.moe.recorder import RoutingRecorder
+from flanmoe.training.arguments import TuneConfig, training_arguments
+from flanmoe.training.callbacks.base import StepCallback
+from flanmoe.training.callbacks.metrics_log import MetricsLog
+from flanmoe.training.callbacks.routing_log import RoutingLog
+from flanmoe.training.interruption import StopRequest
+from flanmoe.training.report import StepReport
+from flanmoe.training.router_losses import RouterLossConfig
+from flanmoe.training.rows import FixedRows
+from flanmoe.training.trainer import SparseTrainer
 
-Batch = dict[str, torch.Tensor]
-LossOf = Callable[[PreTrainedModel, Batch], torch.Tensor]
-
-
-def flanmoe_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Logits only where the next token enters the loss; router losses per layer."""
-    recorder = RoutingRecorder(moe_blocks(model))
-    targets = batch["labels"][:, 1:]
-    positions = (targets != -100).any(dim=0).nonzero().squeeze(1)
-    with recorder.recording(valid=(batch["segment_ids"] != 0).reshape(-1)) as layers:
-        logits = model(
-            input_ids=batch["input_ids"],
-            position_ids=batch["position_ids"],
-            use_cache=False,
-            logits_to_keep=positions,
-        ).logits
-    loss = F.cross_entropy(logits.float().flatten(0, 1), targets[:, positions].flatten())
-    for routing in layers:
-        loss = loss + (0.01 * balance_loss(routing) + 0.001 * z_loss(routing)) / len(layers)
-    return loss
+_BALANCE_COEFFICIENT = 0.01
 
 
-def transformers_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """What transformers' Trainer computes: all logits, the model's own auxiliary loss if it is sparse."""
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "labels")}
-    extra = {"output_router_logits": True} if moe_blocks(model) else {}
-    return model(**inputs, use_cache=False, **extra).loss
+@dataclass(slots=True)
+class Course:
+    """Seconds and cross-entropy of every step of one round."""
+
+    seconds: list[float] = field(default_factory=list[float])
+    losses: list[float] = field(default_factory=list[float])
 
 
-def contender(model: PreTrainedModel, loss_of: LossOf, batches: list[Batch]) -> Callable[[], float]:
-    """Return a function that does one optimizer step and returns its seconds."""
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+@final
+class Clock(StepCallback):
+    """Notes when flanmoe's steps end, after all other callbacks."""
 
-    def step() -> float:
-        start = time.perf_counter()
-        for batch in batches:
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = loss_of(model, batch) / len(batches)
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return time.perf_counter() - start
+    name = "clock"
 
-    return step
+    def __init__(self, course: Course) -> None:
+        self._course = course
+        self._last = time.perf_counter()
+
+    def start(self, step: int) -> None:
+        """Measure the first step from here."""
+        self._last = time.perf_counter()
+
+    def after_step(self, report: StepReport) -> None:
+        """Note a step."""
+        now = time.perf_counter()
+        self._course.seconds.append(now - self._last)
+        self._course.losses.append(report.cross_entropy)
+        self._last = now
 
 
-def build(reference: str, *, sparse: bool, experts: str) -> PreTrainedModel:
-    """Load the model, upcycled if asked, with one implementation of expert compute."""
-    model = load_model(reference)
-    if sparse:
-        model = upcycle(model, UpcycleConfig(), SeedTree(0))
-        model.set_experts_implementation(experts)
-    return model
+@final
+class PeerClock(TrainerCallback):
+    """Notes when TRL's steps end."""
+
+    def __init__(self, course: Course) -> None:
+        self._course = course
+        self._last = 0.0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Measure the first step from here."""
+        self._last = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Note a step."""
+        now = time.perf_counter()
+        self._course.seconds.append(now - self._last)
+        self._last = now
+
+    def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
+        """Note the loss of a step, TRL's auxiliary loss taken out again."""
+        if logs and "loss" in logs:
+            auxiliary = _BALANCE_COEFFICIENT * logs.get("aux_loss", 0.0)
+            self._course.losses.append(logs["loss"] - auxiliary)
+
+
+def flanmoe_course(
+    model: PreTrainedModel, rows: list[Packed], arguments: argparse.Namespace
+) -> Course:
+    """Train with flanmoe, its records and monitor on, as `flanmoe run` does."""
+    course = Course()
+    config = TuneConfig(
+        steps=arguments.steps,
+        rows_per_step=arguments.rows,
+        micro_batch_rows=arguments.rows,
+        length=arguments.length,
+        learning_rate=arguments.learning_rate,
+        schedule="constant",
+        precision=arguments.precision,
+        router=RouterLossConfig(
+            balance_coefficient=_BALANCE_COEFFICIENT, z_coefficient=0.0, scope="lagged"
+        ),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunDir(Path(folder))
+        trainer = SparseTrainer(
+            model,
+            training_arguments(config, run.file("checkpoints"), SeedTree(0)),
+            stream=FixedRows(rows),
+            router=config.router,
+            callbacks=(MetricsLog(run), RoutingLog(run, moe_blocks(model)), Clock(course)),
+            stop=StopRequest(),
+        )
+        trainer.train()
+        trainer.close()
+    return course
+
+
+def trl_course(model: PreTrainedModel, rows: list[Packed], arguments: argparse.Namespace) -> Course:
+    """Train with TRL on rows that are packed already, with the model's own auxiliary loss."""
+    course = Course()
+    model.set_experts_implementation(arguments.peer_experts)
+    is_sparse = bool(moe_blocks(model))
+    if is_sparse:
+        model.config.output_router_logits = True
+        model.config.router_aux_loss_coef = _BALANCE_COEFFICIENT
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(
+                output_dir=folder,
+                max_length=arguments.length,
+                packing=True,
+                dataset_kwargs={"skip_prepare_dataset": True},
+                per_device_train_batch_size=arguments.rows,
+                max_steps=arguments.steps,
+                learning_rate=arguments.learning_rate,
+                lr_scheduler_type="constant",
+                bf16=arguments.precision == "bfloat16",
+                activation_checkpointing=False,
+                use_cpu=True,
+                report_to=[],
+                logging_steps=1,
+                save_strategy="no",
+                disable_tqdm=True,
+                train_sampling_strategy="sequential",
+            ),
+            train_dataset=Dataset.from_list([_as_peers_row(row) for row in rows]),
+            processing_class=load_tokenizer(arguments.model),
+            callbacks=[PeerClock(course)],
+        )
+        trainer.train()
+    return course
+
+
+def _as_peers_row(row: Packed) -> dict[str, Any]:
+    """Return a row as TRL packs it: real tokens, their labels, and the lengths of the examples."""
+    real = row.segment_ids != 0
+    return {
+        "input_ids": row.input_ids[real].tolist(),
+        "labels": row.labels[real].tolist(),
+        "seq_lengths": list(row.segment_sizes[1:]),
+    }
+
+
+def build(arguments: argparse.Namespace) -> PreTrainedModel:
+    """Load the model, upcycled if asked; the same weights every time."""
+    model = load_model(arguments.model)
+    return upcycle(model, UpcycleConfig(), SeedTree(0)) if arguments.upcycle else model
+
+
+def real_rows(arguments: argparse.Namespace) -> list[Packed]:
+    """Pack the embedded instructions, as many rows as the steps read."""
+    config = MixtureConfig.parse({"tasks": ["exemplars/mmlu_cot/*"]})
+    stream = PackedStream(
+        Mixture.load(config, data_dir=None, seeds=SeedTree(0)),
+        load_tokenizer(arguments.model),
+        PackingConfig(length=arguments.length),
+        SeedTree(0),
+    )
+    return [next(stream) for _ in range(arguments.rows * arguments.steps)]
+
+
+def summary(
+    arguments: argparse.Namespace, rows: list[Packed], courses: dict[str, list[Course]]
+) -> dict[str, Any]:
+    """Return what is printed."""
+    tokens = sum(row.num_real_tokens for row in rows) / arguments.steps
+    # The first step allocates and compiles.
+    seconds = {
+        name: [statistics.median(course.seconds[1:]) for course in rounds]
+        for name, rounds in courses.items()
+    }
+    pairs = zip(seconds["trl"], seconds["flanmoe"], strict=True)
+    curves = [np.array(courses[name][0].losses[: arguments.steps]) for name in ("flanmoe", "trl")]
+    return {
+        "benchmark": "train_step",
+        "model": arguments.model + ("+upcycled-8x2-granular" if arguments.upcycle else ""),
+        "precision": arguments.precision,
+        "trl_experts": arguments.peer_experts,
+        "real_tokens_per_step": tokens,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "rounds": arguments.rounds,
+        "seconds_median": {name: statistics.median(values) for name, values in seconds.items()},
+        "tokens_per_second_median": {
+            name: tokens / statistics.median(values) for name, values in seconds.items()
+        },
+        "trl_over_flanmoe_median": statistics.median(theirs / ours for theirs, ours in pairs),
+        "goal": 1.5,
+        "losses": {name: courses[name][0].losses[: arguments.steps] for name in ("flanmoe", "trl")},
+        "largest_loss_difference": float(np.abs(curves[0] - curves[1]).max()),
+    }
 
 
 def main() -> None:
@@ -92,71 +237,25 @@ def main() -> None:
     )
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--upcycle", action="store_true", help="measure the 8-expert top-2 twin")
-    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--peer-experts", default="grouped_mm", help="experts of TRL's model")
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--out", type=Path, help="also write the JSON there")
     arguments = parser.parse_args()
-    batches = real_rows(arguments.model, arguments.length, arguments.rows)
-    kinds: dict[str, tuple[LossOf, str]] = {"flanmoe": (flanmoe_loss, "flanmoe")}
-    for experts in ("grouped_mm", "eager") if arguments.upcycle else ("none",):
-        kinds[f"transformers/{experts}"] = (transformers_loss, experts)
-    seconds: dict[str, list[float]] = {}
-    for name, (loss_of, experts) in kinds.items():
-        # One model at a time in memory; flanmoe runs again beside every peer for paired ratios.
-        pair = {name: (loss_of, experts), "flanmoe": kinds["flanmoe"]}
-        steps = {
-            key: contender(
-                build(arguments.model, sparse=arguments.upcycle, experts=kind[1]), kind[0], batches
-            )
-            for key, kind in pair.items()
-        }
-        for step in steps.values():
-            step()
-        for _ in range(arguments.rounds):
-            for key, step in steps.items():
-                seconds.setdefault(f"{key}|{name}", []).append(step())
-    print(json.dumps(_result(arguments, batches, list(kinds), seconds), indent=2))
-
-
-def real_rows(reference: str, length: int, rows: int) -> list[Batch]:
-    """Pack a few rows of the embedded instructions."""
-    config = MixtureConfig.parse({"tasks": ["exemplars/mmlu_cot/*"]})
-    packing = PackingConfig(length=length)
-    stream = PackedStream(
-        Mixture.load(config, data_dir=None, seeds=SeedTree(0)),
-        load_tokenizer(reference),
-        packing,
-        SeedTree(0),
-    )
-    return [collate([next(stream)]) for _ in range(rows)]
-
-
-def _result(
-    arguments: argparse.Namespace,
-    batches: list[Batch],
-    names: list[str],
-    seconds: dict[str, list[float]],
-) -> dict[str, Any]:
-    tokens = sum(batch["input_ids"].numel() for batch in batches)
-    found: dict[str, Any] = {}
-    for name in names:
-        own, ours = seconds[f"{name}|{name}"], seconds[f"flanmoe|{name}"]
-        found[name] = {
-            "seconds_median": statistics.median(own),
-            "tokens_per_second_median": tokens / statistics.median(own),
-            "ratio_to_flanmoe_median": statistics.median(
-                a / b for a, b in zip(own, ours, strict=True)
-            ),
-        }
-    return {
-        "benchmark": "train_step",
-        "model": arguments.model + ("+upcycled-8x2-granular" if arguments.upcycle else ""),
-        "tokens_per_step": tokens,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "rounds": arguments.rounds,
-        "contenders": found,
-    }
+    rows = real_rows(arguments)
+    trainers = {"flanmoe": flanmoe_course, "trl": trl_course}
+    courses: dict[str, list[Course]] = {name: [] for name in trainers}
+    for _ in range(arguments.rounds):
+        for name, train in trainers.items():
+            courses[name].append(train(build(arguments), rows, arguments))
+    text = json.dumps(summary(arguments, rows, courses), indent=2)
+    if arguments.out:
+        arguments.out.write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":
