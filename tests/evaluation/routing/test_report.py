@@ -49,6 +49,9 @@ def test_distances_are_averaged_over_layers(counts: Callable[..., RoutingCounts]
     assert report.layer_means == pytest.approx(
         [(one[0, 1] + one[0, 2] + one[1, 2]) / 3 for one in layers], abs=1e-5
     )
+    assert report.layer_noise == pytest.approx(
+        [(one[0, 1] + one[0, 2] + one[1, 2]) / 3 for one in expected], abs=1e-5
+    )
 
 
 def test_rows_come_in_the_order_of_the_evaluation(counts: Callable[..., RoutingCounts]) -> None:
@@ -108,4 +111,10 @@ def test_many_tasks_are_shown_as_clusters(counts: Callable[..., RoutingCounts]) 
 
 def test_one_task_has_no_distance(counts: Callable[..., RoutingCounts]) -> None:
     found = routing_report(counts(["a"]), {"a": "a"}).tasks.distances
-    assert (found.mean, found.layer_means) == (((0.0,),), ())
+    assert (found.mean, found.layer_means, found.layer_noise) == (((0.0,),), (), ())
+
+
+def test_noise_that_is_not_known_in_a_layer_is_said(counts: Callable[..., RoutingCounts]) -> None:
+    found = counts(["a", "b"])
+    found.tokens[1, 1] = 0
+    assert routing_report(found, {}).tasks.distances.layer_noise == (None, None)

@@ -16,7 +16,6 @@ from flanmoe.data.chat import render_chat
 from flanmoe.data.renderers import renderer_named
 from flanmoe.data.tasks import Task
 from flanmoe.evaluation.comparison import compare
-from flanmoe.evaluation.model_hash import model_hash
 from flanmoe.evaluation.results import SuiteResult, read_result, write_result
 from flanmoe.evaluation.suites import (
     SuiteConfig,
@@ -27,6 +26,7 @@ from flanmoe.evaluation.suites import (
     named_suite,
     shares,
 )
+from flanmoe.models.model_hash import model_hash
 from flanmoe.testing.tiny_models import tiny_model, tiny_tokenizer
 
 MakeTask = Callable[..., Task]

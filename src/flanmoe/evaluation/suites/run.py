@@ -19,7 +19,6 @@ from flanmoe.data.tasks import Task
 from flanmoe.evaluation.averages import average
 from flanmoe.evaluation.lm import Journal, LanguageModel, Listener, build_lm, quiet_lm_eval
 from flanmoe.evaluation.lm.work import Spent
-from flanmoe.evaluation.model_hash import model_hash
 from flanmoe.evaluation.results import ExampleRecord, SkippedTask, SuiteResult
 from flanmoe.evaluation.suites.choice import Chosen, choose
 from flanmoe.evaluation.suites.config import SuiteConfig
@@ -35,6 +34,7 @@ from flanmoe.evaluation.tasks.harness import run_harness
 from flanmoe.evaluation.tasks.held import HeldTask
 from flanmoe.evaluation.tasks.prompted import Asking, PromptedTask
 from flanmoe.evaluation.tasks.reference import ReferenceTask
+from flanmoe.models.model_hash import model_hash
 from flanmoe.models.modes import evaluating
 
 # A chain of thought rarely needs more than the second; the first keeps an evaluation on a CPU within minutes.

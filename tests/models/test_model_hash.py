@@ -2,7 +2,7 @@
 
 import torch
 
-from flanmoe.evaluation.model_hash import model_hash
+from flanmoe.models.model_hash import model_hash
 from flanmoe.testing.tiny_models import tiny_model
 
 
