@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-VERBS = ["quickstart", "run", "plan", "upcycle", "eval", "inspect", "report", "chat"]
+VERBS = ["quickstart", "run", "plan", "doctor", "upcycle", "eval", "inspect", "report", "chat"]
 
 
 def flanmoe(*arguments: str) -> "subprocess.CompletedProcess[str]":

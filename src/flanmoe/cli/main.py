@@ -16,6 +16,7 @@ from typer import rich_utils
 
 from flanmoe.cli.chat import chat
 from flanmoe.cli.data import data_app
+from flanmoe.cli.doctor import doctor
 from flanmoe.cli.eval import evaluate
 from flanmoe.cli.export import export
 from flanmoe.cli.inspect import inspect
@@ -44,6 +45,7 @@ app = typer.Typer(
 app.command()(quickstart)
 app.command()(run)
 app.command()(plan)
+app.command()(doctor)
 app.command()(upcycle)
 app.command()(export)
 app.command(name="eval")(evaluate)

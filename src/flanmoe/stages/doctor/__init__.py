@@ -1,0 +1,1 @@
+"""Small probes against the installed transformers, TRL and PEFT, and against one model."""
