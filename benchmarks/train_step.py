@@ -36,6 +36,7 @@ from flanmoe.models.upcycle import UpcycleConfig, upcycle
 from flanmoe.training.arguments import TuneConfig, training_arguments
 from flanmoe.training.callbacks.base import StepCallback
 from flanmoe.training.callbacks.metrics_log import MetricsLog
+from flanmoe.training.callbacks.routing_alerts import RoutingAlerts
 from flanmoe.training.callbacks.routing_log import RoutingLog
 from flanmoe.training.interruption import StopRequest
 from flanmoe.training.report import StepReport
@@ -120,12 +121,15 @@ def flanmoe_course(
     )
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir(Path(folder))
+        stream, blocks = FixedRows(rows), moe_blocks(model)
+        alerts = RoutingAlerts(config.routing.alerts, blocks)
+        log = RoutingLog(run, blocks, task_names=stream.task_names, alerts=alerts)
         trainer = SparseTrainer(
             model,
             training_arguments(config, run.file("checkpoints"), SeedTree(0)),
-            stream=FixedRows(rows),
+            stream=stream,
             router=config.router,
-            callbacks=(MetricsLog(run), RoutingLog(run, moe_blocks(model)), Clock(course)),
+            callbacks=(MetricsLog(run), alerts, log, Clock(course)),
             stop=StopRequest(),
         )
         trainer.train()

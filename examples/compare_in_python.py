@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from flanmoe.study.collect import collect
-from flanmoe.study.executor import LocalExecutor
+from flanmoe.study.executors.local import LocalExecutor
 from flanmoe.study.report import write_report
 from flanmoe.study.runner import run_study
 from flanmoe.study.study import load_study

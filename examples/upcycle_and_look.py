@@ -12,7 +12,8 @@ import torch
 import flanmoe
 from flanmoe.core.seeds import SeedTree
 from flanmoe.models.upcycle import step0_max_abs_diff
-from flanmoe.moe.recorder import ExpertLoad
+from flanmoe.moe.routing_measures import routing_measures
+from flanmoe.moe.routing_sums import RoutingSums
 
 
 def main(reference: str) -> None:
@@ -27,12 +28,11 @@ def main(reference: str) -> None:
         print(f"{name}: {count.total:,} parameters, {count.active:,} active for a token")
 
     blocks = flanmoe.moe_blocks(sparse)
-    load = ExpertLoad([block.num_experts for block in blocks])
     with torch.no_grad(), flanmoe.RoutingRecorder(blocks).recording() as layers:
         sparse(input_ids=ids, use_cache=False)
-    load.update([routing.expert_counts() for routing in layers])
-    for block, layer in zip(blocks, load.to_mapping(), strict=True):
-        shares = " ".join(f"{100 * share:3.0f}" for share in layer["fractions"])
+    for block, routing in zip(blocks, layers, strict=True):
+        (measured,) = routing_measures(RoutingSums.of(routing))
+        shares = " ".join(f"{100 * share:3.0f}" for share in measured.load)
         print(f"layer {block.layer:2d}, % of assignments: {shares}")
 
 

@@ -38,15 +38,16 @@ if os.environ.get("FLANMOE_CHECK_SHAPES", "1") == "1":
     checked = [
         "flanmoe.moe",
         *_models,
+        "flanmoe.statistics",
         "flanmoe.data",
         "flanmoe.training.batch_forms",
         "flanmoe.training.cross_entropy",
-        "flanmoe.training.drops",
         "flanmoe.training.router_losses",
         "flanmoe.training.rows",
         "flanmoe.training.trainer",
         "flanmoe.evaluation.lm",
         "flanmoe.evaluation.routing",
+        "flanmoe.stages.expert_batches",
     ]
     install_import_hook(checked, "beartype.beartype")
 
@@ -73,9 +74,11 @@ _SLOW_FILES = (
     "models/flan_moe_t5/test_flan_moe_t5.py",
     "stages/test_pretrain.py",
     "stages/test_export.py",
+    "stages/test_inspect.py",
     "cli/test_export.py",
+    "cli/test_inspect.py",
     "cli/test_upcycle.py",
-    "study/test_shared_stages.py",
+    "study/test_graph.py",
     "evaluation/suites/test_prompted_suite.py",
     "evaluation/suites/test_run.py",
     "evaluation/tasks/test_harness.py",

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from flanmoe.stages.recipe import TuneStage as TuneStage
     from flanmoe.stages.recipe import UpcycleStage as UpcycleStage
     from flanmoe.stages.recipe import UpcycleT5Stage as UpcycleT5Stage
+    from flanmoe.statistics.expert_statistics import ExpertStatistics as ExpertStatistics
     from flanmoe.study.study import Study as Study
     from flanmoe.study.study import load_study as load_study
     from flanmoe.training.arguments import TuneConfig as TuneConfig
@@ -71,6 +72,7 @@ _HOMES = {
     "Config": "flanmoe.core.config",
     "EvaluateStage": "flanmoe.stages.recipe",
     "Example": "flanmoe.data.example",
+    "ExpertStatistics": "flanmoe.statistics.expert_statistics",
     "FlanMoeT5Config": "flanmoe.models.flan_moe_t5.configuration",
     "FlanMoeT5ForConditionalGeneration": "flanmoe.models.flan_moe_t5.model",
     "FlanmoeError": "flanmoe.core.errors",
@@ -124,6 +126,7 @@ __all__ = [
     "Config",
     "EvaluateStage",
     "Example",
+    "ExpertStatistics",
     "FlanMoeT5Config",
     "FlanMoeT5ForConditionalGeneration",
     "FlanmoeError",

@@ -64,22 +64,6 @@ def test_eval_scores_and_compare_pairs(
     assert compared["pooled"]["loss"]["difference"]["mean"] == pytest.approx(0, abs=1e-4)
 
 
-def test_inspect_counts_every_token_of_every_task(sparse: Path, object_of: ObjectOf) -> None:
-    said = object_of(["inspect", str(sparse), "--task", TASK, "--limit", "2"])
-    assert said["num_experts"] == [4, 4]
-    assert said["top_k"] == [2, 2]
-    shown = object_of(["data", "preview", TASK, "--model", str(sparse), "-n", "2"])
-    tokens = sum(example["tokens"] for example in shown["tasks"][TASK]["examples"])
-    assert [sum(layer["counts"]) for layer in said["tasks"][TASK]] == [2 * tokens, 2 * tokens]
-    for layer in said["tasks"][TASK]:
-        assert sum(layer["fractions"]) == pytest.approx(1)
-
-
-def test_inspect_refuses_a_dense_model(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert invoke(["inspect", str(base), "--task", TASK]) == 2
-    assert "has no module with a router and experts" in capsys.readouterr().err
-
-
 def test_chat_answers_as_generate_does(base: Path, object_of: ObjectOf) -> None:
     arguments = ["chat", str(base), "--prompt", "What is 1 + 1?", "--max-new-tokens", "5"]
     said = object_of(arguments)

@@ -3,12 +3,16 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from flanmoe.data.collate import collate
+from flanmoe.core.errors import DataError
+from flanmoe.data.collate import collate, collate_pairs
+from flanmoe.data.example import PackedPair
 from flanmoe.data.packing import TokenizedExample, pack, packed_row
+from flanmoe.data.pairs import TokenizedPair, packed_pair_row
 from flanmoe.testing.tiny_models import DENSE_NAMES, SPARSE_NAMES, tiny_model
 
 Tokens = Callable[..., TokenizedExample]
@@ -148,6 +152,43 @@ def test_a_batch_holds_the_rows_and_no_attention_mask(tokens: Tokens) -> None:
         "segment_ids": [[1, 1, 0, 0], [1, 0, 0, 0]],
     }
     assert all(column.dtype == torch.long for column in batch.values())
+
+
+def test_a_batch_carries_the_task_of_every_token_on_request(tokens: Tokens) -> None:
+    rows = [
+        packed_row([tokens([1, 2], "b"), tokens([3], "a")], length=5),
+        packed_row([tokens([4, 5, 6], "c")], length=5),
+    ]
+    batch = collate(rows, task_numbers={"a": 0, "b": 1, "c": 2})
+    assert batch["task_ids"].tolist() == [[1, 1, 0, 0, 0], [2, 2, 2, 0, 0]]
+    assert batch["task_ids"].dtype == torch.long
+    with pytest.raises(DataError) as caught:
+        collate(rows, task_numbers={"a": 0, "b": 1})
+    assert str(caught.value) == (
+        "Rows must hold examples of the 2 tasks that their stream names, but one is of the task c. Add it to "
+        "the stream's `task_names`."
+    )
+
+
+def test_pairs_carry_the_task_of_every_token_of_both_sides() -> None:
+    def row(*pairs: tuple[str, int, int]) -> PackedPair:
+        made = [
+            TokenizedPair(
+                input_ids=np.arange(inputs) + 3,
+                target_ids=np.arange(targets) + 3,
+                task=task,
+                key="",
+                content_hash="",
+            )
+            for task, inputs, targets in pairs
+        ]
+        return packed_pair_row(made, length=5, target_length=4, decoder_start_token_id=0)
+
+    rows = [row(("b", 2, 1), ("a", 1, 2)), row(("a", 5, 1))]
+    batch = collate_pairs(rows, task_numbers={"a": 7, "b": 9})
+    assert batch["task_ids"].tolist() == [[9, 9, 7, 0, 0], [7] * 5]
+    assert batch["decoder_task_ids"].tolist() == [[9, 7, 7, 0], [7, 0, 0, 0]]
+    assert "task_ids" not in collate_pairs(rows)
 
 
 def test_rows_of_different_lengths_are_refused(tokens: Tokens) -> None:

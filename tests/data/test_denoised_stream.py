@@ -142,6 +142,7 @@ def test_other_spans_are_left_out_of_the_same_text_in_another_epoch(words: Any) 
 def test_a_row_has_no_padding_and_aligned_labels(words: Any) -> None:
     stream = stream_of(words)
     assert not stream.shares_rows
+    assert stream.task_names == next(iter(stream)).tasks == ("span_corruption",)
     for row in islice(stream, 30):
         assert len(row.input_ids) == 40
         assert len(row.labels) == stream.lengths.targets

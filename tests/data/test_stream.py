@@ -122,6 +122,13 @@ def test_ranks_share_out_the_rows_of_the_single_stream(data_dir: Path, tokenizer
         assert part.report == whole.report
 
 
+def test_every_rank_names_the_tasks_of_all_rows(data_dir: Path, tokenizer: Any) -> None:
+    streams = [stream_of(data_dir, tokenizer, rank=rank, world_size=2) for rank in range(2)]
+    assert streams[0].task_names == streams[1].task_names
+    seen = {task for stream in streams for row in islice(stream, 20) for task in row.tasks}
+    assert seen == set(streams[0].task_names)
+
+
 def test_within_an_epoch_every_example_is_drawn_once(data_dir: Path, tokenizer: Any) -> None:
     stream = stream_of(data_dir, tokenizer, window=1, length=512)
     drawn: dict[str, list[tuple[int, ...]]] = {task: [] for task in TASKS}

@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from flanmoe.core.errors import ModelError
 from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.flan_moe_t5 import FlanMoeT5Config, FlanMoeT5ForConditionalGeneration, stack
-from flanmoe.models.packing import require_packing_without_leak
+from flanmoe.models.packing import keeps_examples_apart, require_packing_without_leak
 from flanmoe.testing.tiny_models import DENSE_NAMES, SPARSE_NAMES, tiny_model
 
 _SIZES = {
@@ -227,3 +227,8 @@ def test_an_encoder_decoder_without_segments_is_refused() -> None:
         "told where one begins: it has no `segment_ids`. Put one example into each row with "
         "`packing: {examples_per_row: 1}`."
     )
+
+
+@pytest.mark.parametrize(("name", "apart"), [("mixtral", True), ("gpt_oss", False)])
+def test_whether_examples_are_kept_apart_can_be_asked(name: str, apart: bool) -> None:
+    assert keeps_examples_apart(tiny_model(name)) == apart

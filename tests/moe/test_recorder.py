@@ -1,7 +1,5 @@
 """The recorder sees every routing decision once, with its gradient, whatever checkpointing does."""
 
-import math
-
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -10,7 +8,7 @@ from transformers import PreTrainedModel
 from flanmoe.core.errors import ModelError
 from flanmoe.models.blocks import moe_blocks
 from flanmoe.moe.losses import balance_loss, z_loss
-from flanmoe.moe.recorder import ExpertLoad, RoutingRecorder
+from flanmoe.moe.recorder import RoutingRecorder
 from flanmoe.moe.routing import Routing
 from flanmoe.testing.tiny_models import tiny_model
 
@@ -170,45 +168,35 @@ def test_a_router_that_does_not_run_is_reported() -> None:
     )
 
 
-def test_expert_load_adds_up_and_says_how_uneven_it_is() -> None:
-    load = ExpertLoad([4, 2])
-    load.update([torch.tensor([3, 0, 1, 0]), torch.tensor([2, 2])])
-    load.update([torch.tensor([3, 0, 1, 0]), torch.tensor([0, 0])])
-    uneven, even = load.to_mapping()
-    assert uneven["counts"] == [6, 0, 2, 0]
-    assert uneven["fractions"] == [0.75, 0, 0.25, 0]
-    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    assert uneven["entropy_nats"] == pytest.approx(entropy, abs=1e-12)
-    assert uneven["unused_share"] == 0.5
-    assert uneven["max_over_mean"] == 3.0
-    assert even["entropy_nats"] == pytest.approx(math.log(2), abs=1e-12)
-    assert (even["unused_share"], even["max_over_mean"]) == (0.0, 1.0)
+def test_a_recorder_used_twice_at_once_is_refused() -> None:
+    model = tiny_model("mixtral")
+    recorder = RoutingRecorder(moe_blocks(model))
+    with recorder.recording() as layers:
+        with pytest.raises(ModelError) as caught, recorder.recording():
+            pass
+        forward(model)
+    assert str(caught.value) == (
+        "A RoutingRecorder holds one recording at a time, but one of the blocks from model.layers.0.mlp "
+        "on is still open. End it first, or make a second RoutingRecorder of the same blocks."
+    )
+    assert len(layers) == 2
 
 
-def test_expert_load_that_has_seen_nothing() -> None:
-    assert ExpertLoad([2]).to_mapping() == [
-        {
-            "counts": [0, 0],
-            "fractions": [0.0, 0.0],
-            "entropy_nats": 0.0,
-            "unused_share": 0.0,
-            "max_over_mean": 0.0,
-        }
-    ]
+def test_a_recorder_can_be_used_again_also_after_an_error() -> None:
+    model = tiny_model("mixtral")
+    recorder = RoutingRecorder(moe_blocks(model))
+    with pytest.raises(KeyError), recorder.recording():
+        raise KeyError("unrelated")
+    with recorder.recording() as first:
+        forward(model)
+    with recorder.recording() as second:
+        forward(model)
+    torch.testing.assert_close(first[1].logits, second[1].logits)
 
 
-def test_expert_load_survives_saving() -> None:
-    load = ExpertLoad([3])
-    load.update([torch.tensor([1, 2, 3])])
-    other = ExpertLoad([3])
-    other.load_state_dict(load.state_dict())
-    other.update([torch.tensor([1, 0, 0])])
-    assert other.counts[0].tolist() == [2, 2, 3]
-    assert load.counts[0].tolist() == [1, 2, 3]
-
-
-def test_expert_load_refuses_other_shapes() -> None:
-    with pytest.raises(ValueError, match="A layer has 3 experts, but 2 counts came"):
-        ExpertLoad([3]).update([torch.tensor([1, 2])])
-    with pytest.raises(ValueError, match=r"The layers have \[3\] experts, but the state has \[2\]"):
-        ExpertLoad([3]).load_state_dict({"counts": [[1, 2]]})
+def test_two_recorders_of_the_same_blocks_see_the_same() -> None:
+    model = tiny_model("mixtral")
+    blocks = moe_blocks(model)
+    with RoutingRecorder(blocks).recording() as one, RoutingRecorder(blocks).recording() as other:
+        forward(model)
+    assert [layer.logits.sum() for layer in one] == [layer.logits.sum() for layer in other]

@@ -4,12 +4,14 @@ studies that run in the process of the test."""
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flanmoe.core.errors import FlanmoeError
 from flanmoe.core.ledger import Ledger
 from flanmoe.core.rundir import RunDir
 from flanmoe.study.arm_report import (
@@ -26,7 +28,8 @@ from flanmoe.study.arm_report import (
     Score,
     TaskScore,
 )
-from flanmoe.study.executor import Job
+from flanmoe.study.executor import Leg, errand
+from flanmoe.study.leg import run_leg
 from flanmoe.study.plots import Drawing, drawings
 from flanmoe.study.report import html_report
 from flanmoe.study.report_data import (
@@ -37,7 +40,7 @@ from flanmoe.study.report_data import (
     ReportData,
     TaskData,
 )
-from flanmoe.study.runner import run_arm, run_study
+from flanmoe.study.runner import run_study
 from flanmoe.study.study import Study
 from flanmoe.testing.tiny_models import tiny_model, tiny_tokenizer
 
@@ -301,6 +304,14 @@ def two_arms_drawings(two_arms: ReportData) -> tuple[Drawing, ...]:
     return drawings(two_arms)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_code_version() -> Iterator[None]:
+    """Finished stages stand while the tests run, whoever edits a source meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLANMOE_CODE_VERSION", "tests")
+        yield
+
+
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Saves a tiny model with its tokenizer and returns the folder."""
@@ -320,12 +331,35 @@ def base(saved: Callable[..., Path]) -> Path:
     return saved("llama")
 
 
-class _SameProcess:
-    """Runs jobs in the process of the test."""
+class SameProcess:
+    """Runs legs in the process of the test, one after the other."""
 
-    def run(self, job: Job) -> None:
-        """Run one job here."""
-        run_arm(job)
+    workers = 1
+    remote = False
+
+    def start(self, leg: Leg) -> "Future[None]":
+        """Run a leg here."""
+        future: Future[None] = Future()
+        values = errand(leg).values
+        try:
+            run_leg(**values)
+        except FlanmoeError as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+        return future
+
+    def interrupt(self) -> None:
+        """Do nothing: nothing runs beside this."""
+
+    def close(self) -> None:
+        """Do nothing: nothing is held."""
+
+
+@pytest.fixture(scope="session")
+def same_process() -> type[SameProcess]:
+    """The executor that runs legs in the process of the test."""
+    return SameProcess
 
 
 @pytest.fixture(scope="session")
@@ -333,7 +367,7 @@ def run_here() -> Callable[..., RunDir]:
     """Runs a study in the process of the test and returns its folder."""
 
     def run(study: Study, folder: Path, *, resume: bool = False) -> RunDir:
-        return run_study(study, folder, executor=_SameProcess(), data_dir=None, resume=resume)
+        return run_study(study, folder, executor=SameProcess(), data_dir=None, resume=resume)
 
     return run
 

@@ -8,12 +8,13 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from flanmoe.core.rundir import RunDir
 from flanmoe.models.freezing import FreezePreset
 from flanmoe.moe.losses import CONVENTIONS
 from flanmoe.stages.recipe import TuneStage
-from flanmoe.study.executor import Job
-from flanmoe.study.runner import run_arm
+from flanmoe.study.folder import open_study
+from flanmoe.study.graph import build_graph
+from flanmoe.study.nodes import StageGraph, stage_folder
+from flanmoe.study.runner import run_stage
 from flanmoe.study.study import study_from_mapping
 from flanmoe.training.router_losses import RouterLossConfig
 
@@ -58,22 +59,25 @@ def study_folder(
     values["defaults"] = {"tune": tune}
     for arm in values["arms"].values():
         arm["stages"] = [stage for stage in arm["stages"] if stage["stage"] == "tune"]
-    RunDir.open(folder / "run", study_from_mapping(values), resume=False)
-    return folder / "run"
+    study = study_from_mapping(values)
+    return open_study(folder / "run", study, build_graph(study, None), resume=False).path
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", VALUES["arms"])
 def test_an_arm_trains_a_native_mixtral(arm: str, study_folder: Path) -> None:
-    job = Job(study_folder, arm, 0, None)
-    run_arm(job)
-    (result,) = json.loads((job.folder / "result.json").read_text())["stages"]
+    graph = StageGraph.read(study_folder)
+    (branch,) = [one for one in graph.branches if one.arm == arm]
+    (key,) = branch.stages
+    folder = stage_folder(study_folder, graph.nodes[key])
+    run_stage(folder, None, None)
+    result = json.loads((folder / "result.json").read_text())
     trains = result["details"]["training"]["trains"]["parts"]
     some_frozen = any(part["trained"] < part["parameters"] for part in trains)
     assert some_frozen == arm.startswith("freeze-")
 
     config = RouterLossConfig.parse(result["details"]["training"]["router_settings"])
-    lines = (job.folder / "00-tune" / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 2
     for row in map(json.loads, lines):
         weighted = {loss: row[f"router/{loss}_weighted"] for loss in ("balance", "importance", "z")}

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flanmoe.core.console import Progressed
 from flanmoe.core.errors import FlanmoeError, Interrupted, UserError
 from flanmoe.study.child import Errand, ask
 
@@ -33,9 +34,9 @@ def test_an_unexpected_error_before_the_folder_is_there_is_one_sentence(
 ) -> None:
     details = tmp_path / "arms" / "dense" / "seed-0" / "traceback.txt"
     with pytest.raises(FlanmoeError) as caught:
-        ask(errand("run_job", details, nonsense=1))
+        ask(errand("run_leg", details, nonsense=1))
     assert caught.value.exit_code == 1
-    assert str(caught.value).startswith("An unexpected TypeError stopped the command: run_job()")
+    assert str(caught.value).startswith("An unexpected TypeError stopped the command: run_leg()")
     assert str(caught.value).endswith(f"The details are in {details}; please report it.")
     assert details.read_text().startswith("Traceback (most recent call last)")
     assert "Traceback" not in capfd.readouterr().err
@@ -91,14 +92,75 @@ def test_a_child_that_is_told_to_stop_answers_so(
         ask(errand("report", folder=str(tmp_path)))
 
 
+class Heard:
+    """Keeps what a child says."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.steps: list[tuple[str, Progressed]] = []
+        self.ends: list[str] = []
+
+    def said(self, line: str) -> None:
+        """Keep a line."""
+        self.lines.append(line)
+
+    def progressed(self, name: str, progress: Progressed) -> None:
+        """Keep a step."""
+        self.steps.append((name, progress))
+
+    def ended(self, name: str) -> None:
+        """Keep an end."""
+        self.ends.append(name)
+
+
+def test_who_draws_the_screen_hears_lines_and_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    talk = (
+        "import flanmoe.core.console as c; c.say('first line'); sys.stderr.write('old\\rnew\\n'); "
+        "bar = c.progress('  Tuning', total=2, unit='steps'); bar.__enter__()(2, note='loss')"
+    )
+    instead_of_the_report(talk, tmp_path, monkeypatch)
+    heard = Heard()
+    with pytest.raises(UserError, match="is not a run folder"):
+        ask(errand("report", folder=str(tmp_path)), watch=heard)
+    name = "Arm `dense` (seed 0)"
+    assert heard.lines == ["first line", "new"]
+    assert heard.steps == [
+        (name, Progressed("Tuning", 0, 2, "steps", "")),
+        (name, Progressed("Tuning", 2, 2, "steps", "loss")),
+    ]
+    assert heard.ends == [name]
+    # Nothing is left for the screen that the child does not own.
+    assert capfd.readouterr().err == ""
+
+
 _PROGRAM = """
 import sys
+from concurrent.futures import Future
 from flanmoe.cli.main import invoke
+from flanmoe.core.console import Progressed
+from flanmoe.core.errors import FlanmoeError
 from flanmoe.study import launch
 
 class Spy:
-    def run(self, job):
-        print(job.arm, sorted({"torch", "transformers", "numpy", "datasets"} & set(sys.modules)))
+    workers, remote = 1, False
+
+    def __init__(self, *others, **named):
+        pass
+
+    def start(self, leg):
+        heavy = {"torch", "transformers", "numpy", "datasets", "ray"}
+        print(leg.branch.arm, sorted(heavy & set(sys.modules)))
+        future = Future()
+        future.set_exception(FlanmoeError("The spy has run nothing."))
+        return future
+
+    def interrupt(self):
+        pass
+
+    def close(self):
+        pass
 
 launch.LocalExecutor = Spy
 sys.exit(invoke(["run", *sys.argv[1:]]))
@@ -113,8 +175,9 @@ def test_the_parent_holds_no_torch_while_a_worker_runs(base: Path, tmp_path: Pat
     command += ["--out", str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.stdout == "tiny []\n"
-    # The spy has run nothing, so there is nothing to report.
-    assert "Finish the run first" in result.stderr
+    assert result.returncode == 1
+    # Nothing is finished, so there is nothing to report, and the error is the stage's own.
+    assert result.stderr.splitlines()[-1] == "Error: The spy has run nothing."
 
 
 def test_preparing_loads_nothing_of_the_report() -> None:

@@ -75,20 +75,29 @@ def test_the_plan_counts_what_trains(sparse_base: Path, sums_file: Path) -> None
     assert whole.disk_bytes - frozen.disk_bytes == 8 * (_EXPERTS + _GATES)
 
 
-def test_the_plan_counts_the_disk_of_one_arm_at_a_time(sparse_base: Path, sums_file: Path) -> None:
+def test_the_plan_counts_the_disk_of_one_stage_at_a_time(
+    sparse_base: Path, sums_file: Path
+) -> None:
     seldom = plan(sparse_base, tune_stage(sums_file))
     often = plan(sparse_base, tune_stage(sums_file, checkpoint_every_steps=1, keep_checkpoints=2))
     model = 4 * seldom.parameters.total
     assert (seldom.kept_bytes, seldom.disk_bytes) == (model, model + 3 * model)
     assert (often.kept_bytes, often.disk_bytes) == (model, model + 3 * 3 * model)
-    # Three arms with two seeds: six models that stay, and the checkpoint of the one that runs.
+    # Two arms with two seeds: four models that stay, and the checkpoint of the one that runs.
+    train = {"a": {}, "b": {"learning_rate": 2e-3}}
+    arms = {name: {"stages": [tune_stage(sums_file, **changes)]} for name, changes in train.items()}
+    values = {"name": "disk", "model": str(sparse_base), "seeds": [0, 1], "arms": arms}
+    planned = plan_study(study_from_mapping(values), None)
+    assert planned.total.kept_bytes == 4 * model
+    assert planned.total.disk_bytes == 4 * model + 3 * model
     room = Machine(
-        cores=1, memory_bytes=2**50, disk_bytes=6 * model + 3 * model, flops_per_second=1e9
+        cores=1,
+        memory_bytes=2**50,
+        disk_bytes=planned.total.disk_bytes,
+        flops_per_second=1e9,
     )
-    arms = dict.fromkeys(("a", "b", "c"), seldom)
-    assert refusals(arms, room, seeds=2) == []
-    short = room.model_copy(update={"disk_bytes": room.disk_bytes - 1})
-    (sentence,) = refusals(arms, short, seeds=2)
+    assert refusals(planned.arms, room, disk_bytes=planned.total.disk_bytes) == []
+    (sentence,) = refusals(planned.arms, room, disk_bytes=planned.total.disk_bytes + 1)
     assert sentence.startswith("The arms need about ")
 
 

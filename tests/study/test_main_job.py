@@ -20,11 +20,12 @@ from flanmoe.core.rundir import RunDir
 from flanmoe.data.example import Packed
 from flanmoe.data.stream import PackedStream
 from flanmoe.study import launch
-from flanmoe.study.executor import Job
-from flanmoe.study.runner import run_arm, run_study
+from flanmoe.study.executor import Leg
+from flanmoe.study.runner import run_study
 from flanmoe.study.study import load_study, study_from_mapping
 
 STEPS = 6
+_LABELS = ("before", "upcycle", "tune", "after")
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,8 @@ def test_a_study_runs_reports_and_answers_in_json(
 def _check_peak_memory(out: Path, answer: Any) -> None:
     """The peak is that of the largest child and of the parent beside it, which holds no torch."""
     (row,) = [json.loads(line) for line in (out / "seconds.jsonl").read_text().splitlines()]
-    results = [json.loads(path.read_text()) for path in out.glob("arms/*/seed-0/*/result.json")]
+    results = [json.loads(path.read_text()) for path in out.glob("stages/*/result.json")]
+    assert len(results) == 7
     largest = max(result["peak_memory_bytes"] for result in results)
     assert answer["peak_memory_bytes"] >= largest + row["peak_memory_bytes"]
     assert 10e6 < row["peak_memory_bytes"] < 80e6 < largest
@@ -147,18 +149,18 @@ def _check_peak_memory(out: Path, answer: Any) -> None:
 
 @pytest.mark.slow
 def test_both_arms_are_tuned_on_the_same_rows(
-    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    values: dict[str, Any], same_process: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running: list[tuple[str, int]] = []
     rows: dict[tuple[str, int], list[Any]] = {}
     read = PackedStream.__next__
 
-    class Noting:
-        """Notes which job runs in this process."""
+    class Noting(same_process):
+        """Notes which arm runs in this process."""
 
-        def run(self, job: Job) -> None:
-            running.append((job.arm, job.seed))
-            run_arm(job)
+        def start(self, leg: Leg) -> Any:
+            running.append((leg.branch.arm, leg.branch.seed))
+            return super().start(leg)
 
     def noted(stream: PackedStream) -> Packed:
         row = read(stream)
@@ -202,6 +204,9 @@ def test_stopped_and_resumed_equals_uninterrupted(
     resumed = flanmoe("run", study_file, "--out", out, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert "Arm dense, seed 0: finished before." in resumed.stderr
+    # Nothing but what was not finished: the tuning that was stopped, and what follows it.
+    started = [line.strip() for line in resumed.stderr.splitlines() if line.startswith("  ")]
+    assert [line for line in started if line in _LABELS] == ["tune", "after"]
     assert_same_weights(whole[0], out)
 
 
@@ -248,13 +253,18 @@ def test_resume_is_refused_where_no_run_was_started(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_folder_of_another_recipe_is_foreign(
+def test_a_folder_of_another_study_is_foreign(
     values: dict[str, Any], run_here: Callable[..., RunDir], tmp_path: Path
 ) -> None:
     study = study_from_mapping(values)
     run_here(study.model_copy(update={"seeds": ()}), tmp_path / "out")
-    with pytest.raises(RunError, match="needs the recipe that"):
-        run_here(study, tmp_path / "out", resume=True)
+    other = study.model_copy(update={"name": "other"})
+    with pytest.raises(RunError) as caught:
+        run_here(other, tmp_path / "out", resume=True)
+    assert str(caught.value) == (
+        f"`--resume` needs the folder of the study `other`, but {tmp_path / 'out'} holds `tiny`. Choose "
+        "another folder with `--out`."
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def chained(
 ) -> tuple[Study, RunDir, ReportData]:
     """Two seeds of an arm that is upcycled after tuning, and of one that is tuned on other data after that.
 
-    The first job runs on one machine, the others on another.
+    The first stage runs on one machine, the others on another.
     """
     long_file = tmp_path_factory.mktemp("long") / "long.jsonl"
     long_rows = [
@@ -119,7 +120,7 @@ def chained(
     upcycle = {"stage": "upcycle", "num_experts": 4, "mode": "granular", "granularity": 2}
     arms = {"late": {"stages": [first, upcycle]}, "twice": {"stages": [first, second]}}
     study = study_from_mapping({"name": "chain", "model": str(base), "seeds": [0, 1], "arms": arms})
-    machines = iter([Hardware(cpu="One", num_cores=3), *[Hardware(cpu="Two", num_cores=5)] * 3])
+    machines = chain([Hardware(cpu="One", num_cores=3)], repeat(Hardware(cpu="Two", num_cores=5)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flanmoe.study.runner.hardware", lambda: next(machines))
         folder = run_here(study, tmp_path_factory.mktemp("chained") / "out")

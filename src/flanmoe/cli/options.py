@@ -37,6 +37,14 @@ Overrides = Annotated[
 Profile = Annotated[
     str | None, typer.Option("--profile", help="A named set of changes from the file's `profiles`.")
 ]
+Workers = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="How many processes run stages at a time. On this machine only as many as fit into memory by the "
+        "plan; they share its cores.",
+    ),
+]
 
 
 def split_option(default: str) -> Any:

@@ -13,16 +13,20 @@ Emit = Callable[[Any], None]
 
 
 class Refusal(UserError):
-    """A mistake of the user about which machines are told more than the sentence.
+    """Something that went wrong about which machines are told more than the sentence.
 
     Args:
         message: the sentence.
         told: what `--json` prints with it, in one object.
+        exit_code: the exit status; that of a user's mistake unless given.
     """
 
-    def __init__(self, message: str, told: Mapping[str, Any]) -> None:
+    def __init__(
+        self, message: str, told: Mapping[str, Any], *, exit_code: int = UserError.exit_code
+    ) -> None:
         super().__init__(message)
         self.told = dict(told)
+        self.exit_code = exit_code
 
 
 @contextmanager

@@ -25,12 +25,13 @@ def plan(
     Example: flanmoe plan recipes/quickstart.yaml --set defaults.tune.train.length=2048
     """
     from flanmoe.core.console import show_table
-    from flanmoe.study.plan import plan_study, plan_table
+    from flanmoe.study.plan import plan_study, plan_tables
     from flanmoe.study.study import load_study
 
     with machine_output(as_json) as emit:
         planned = plan_study(load_study(file, overrides=overrides or [], profile=profile), data_dir)
-        show_table(plan_table(planned))
+        for table in plan_tables(planned):
+            show_table(table)
         if planned.refusal:
             raise Refusal(planned.refusal, planned.to_mapping())
         emit(planned.to_mapping())

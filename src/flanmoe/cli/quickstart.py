@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from flanmoe.cli.options import AsJson, OutputDir, Overrides, Resume
-from flanmoe.cli.output import machine_output
+from flanmoe.cli.output import Refusal, machine_output
 
 
 def quickstart(
@@ -32,8 +32,14 @@ def quickstart(
     Example: flanmoe quickstart --minutes 5 --out runs/five-minutes
     """
     from flanmoe.study.launch import run_quickstart
+    from flanmoe.study.schedule import StudyError
 
     with machine_output(as_json) as emit:
         folder = out or Path("runs/quickstart")
-        result = run_quickstart(folder, minutes=minutes, overrides=overrides or [], resume=resume)
+        try:
+            result = run_quickstart(
+                folder, minutes=minutes, overrides=overrides or [], resume=resume
+            )
+        except StudyError as error:
+            raise Refusal(str(error), error.told, exit_code=error.exit_code) from error
         emit({**result, **result["arms"]})

@@ -1,4 +1,4 @@
-"""`flanmoe report`: build the report of a finished run again."""
+"""`flanmoe report`: build the report of a run again."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +14,8 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write report.html, report.md and report.json of a run again, from what it recorded.
+
+    Arms that have not finished are listed and left out.
 
     Example: flanmoe report runs/quickstart
     """

@@ -252,7 +252,7 @@ def _children(node: Any, part: int | str, schema: Mapping[str, Any]) -> list[Any
             found.append(option["properties"][part])
         elif isinstance(option.get("additionalProperties"), dict):
             found.append(option["additionalProperties"])
-        elif option.get("properties", {}).get("stage", {}).get("const") == part:
+        elif any(value.get("const") == part for value in option.get("properties", {}).values()):
             # pydantic puts the tag of a discriminated union into the location.
             found.append(option)
     return found

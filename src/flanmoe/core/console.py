@@ -1,12 +1,13 @@
 """Terminal output: everything for people goes to stderr, so that stdout stays free for `--json`.
 
 On a terminal, long steps show a bar with rate and time left. Elsewhere (a log file, CI) they print a plain
-line now and then.
+line now and then. A process whose parent draws the screen tells it instead (`tell_progress_to`).
 """
 
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import (
@@ -22,6 +23,33 @@ from rich.table import Table
 console = Console(stderr=True)
 
 Advance = Callable[..., None]
+_SECONDS_BETWEEN_TOLD = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Progressed:
+    """How far a long step has come.
+
+    Attributes:
+        title: what it does.
+        done, total: parts done, and all of them.
+        unit: what a part is.
+        note: a short free text (a loss, a task name).
+    """
+
+    title: str
+    done: int
+    total: int
+    unit: str
+    note: str
+
+
+_listeners: list[Callable[[Progressed], None]] = []
+
+
+def tell_progress_to(listener: Callable[[Progressed], None]) -> None:
+    """Tell a listener of all progress of this process from now on, in place of showing it."""
+    _listeners[:] = [listener]
 
 
 def say(message: str) -> None:
@@ -48,7 +76,9 @@ def progress(title: str, *, total: int, unit: str) -> Generator[Advance]:
     Yields a function `advance(amount=1, note="")`. `note` is a short free text shown behind the bar (a
     loss, a task name).
     """
-    if console.is_terminal:
+    if _listeners:
+        yield _telling(_listeners[0], title, total, unit)
+    elif console.is_terminal:
         with _bar(title, total, unit) as advance:
             yield advance
     else:
@@ -79,6 +109,22 @@ def _bar(title: str, total: int, unit: str) -> Generator[Advance]:
             bar.update(task, advance=amount, rate=f"{rate:.3g} {unit}/s", note=note)
 
         yield advance
+
+
+def _telling(listener: Callable[[Progressed], None], title: str, total: int, unit: str) -> Advance:
+    done = 0
+    last = 0.0
+    listener(Progressed(title.strip(), 0, total, unit, ""))
+
+    def advance(amount: int = 1, note: str = "") -> None:
+        nonlocal done, last
+        done += amount
+        now = time.monotonic()
+        if now - last >= _SECONDS_BETWEEN_TOLD or done >= total:
+            last = now
+            listener(Progressed(title.strip(), done, total, unit, note))
+
+    return advance
 
 
 def _plain_lines(title: str, total: int, unit: str, *, every_seconds: float = 15.0) -> Advance:

@@ -44,10 +44,7 @@ class RunDir:
             RunError: if `resume` is asked for in a folder that no run or another recipe wrote, or is not
                 asked for in a folder that already holds something.
         """
-        if path.exists() and not path.is_dir():
-            raise RunError(
-                f"The output folder {path} must be a folder, but is a file. Choose another with `--out`."
-            )
+        _check_no_file(path)
         marker = path / _MARKER
         identity = fingerprint(recipe.to_mapping())
         if resume:
@@ -59,10 +56,37 @@ class RunDir:
             )
         run = cls(path)
         if not marker.exists():
-            files.write_text(path / "recipe.yaml", recipe.to_yaml())
-            files.write_json(path / "versions.json", versions())
-            files.write_json(marker, {"kind": type(recipe).__name__, "identity": identity})
+            run.describe(recipe)
         return run
+
+    @classmethod
+    def resumable(cls, path: Path, *, kind: str) -> "RunDir":
+        """Open the folder of an earlier run whose recipe may have changed since; see `describe`.
+
+        Args:
+            path: the folder.
+            kind: name of the recipe's class.
+
+        Raises:
+            RunError: if no run, or one of another kind, wrote the folder.
+        """
+        _check_no_file(path)
+        marker = path / _MARKER
+        _check_started(path, marker)
+        found = _written(path, marker).get("kind")
+        if found != kind:
+            raise RunError(
+                f"`--resume` needs a folder of the kind `{kind}`, but {path} is of the kind `{found}`. Choose "
+                "another folder with `--out`."
+            )
+        return cls(path)
+
+    def describe(self, recipe: Config) -> None:
+        """Write what is run and with which versions; over what stood there, if it has changed."""
+        files.write_text(self.path / "recipe.yaml", recipe.to_yaml())
+        files.write_json(self.path / "versions.json", versions())
+        identity = fingerprint(recipe.to_mapping())
+        files.write_json(self.path / _MARKER, {"kind": type(recipe).__name__, "identity": identity})
 
     @classmethod
     def existing(cls, path: Path) -> "RunDir":
@@ -136,13 +160,24 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _check_resumable(path: Path, marker: Path, identity: str) -> None:
+def _check_no_file(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise RunError(
+            f"The output folder {path} must be a folder, but is a file. Choose another with `--out`."
+        )
+
+
+def _check_started(path: Path, marker: Path) -> None:
     if not marker.exists():
         raise RunError(
             f"`--resume` needs a folder that an earlier run wrote, but {path} "
             f"{'is no run folder' if path.exists() else 'does not exist'}. Leave `--resume` out to start there."
         )
-    written = _written_identity(path, marker)
+
+
+def _check_resumable(path: Path, marker: Path, identity: str) -> None:
+    _check_started(path, marker)
+    written = _written(path, marker)["identity"]
     if written != identity:
         raise RunError(
             f"`--resume` needs the recipe that {path} was started with, but this one differs "
@@ -151,8 +186,8 @@ def _check_resumable(path: Path, marker: Path, identity: str) -> None:
         )
 
 
-def _written_identity(path: Path, marker: Path) -> str:
-    """Return the hash of the recipe that a folder was started with."""
+def _written(path: Path, marker: Path) -> dict[str, str]:
+    """Return what the marker says: the kind of the recipe and its hash."""
     try:
         content: Any = files.read_json_file(marker)
     except (OSError, ValueError) as error:
@@ -165,4 +200,4 @@ def _written_identity(path: Path, marker: Path) -> str:
             f"`--resume` needs a folder that an earlier run wrote, but the {_MARKER} of {path} is another "
             "program's: it has no `identity`. Choose another folder with `--out`, and leave `--resume` out."
         )
-    return str(cast("dict[str, Any]", content)["identity"])
+    return {str(key): str(value) for key, value in cast("dict[str, Any]", content).items()}

@@ -117,6 +117,11 @@ class DenoisedStream:
         return False
 
     @property
+    def task_names(self) -> tuple[str, ...]:
+        """Names of the tasks that rows are of: the denoiser stands in the place of one."""
+        return (self.config.denoiser,)
+
+    @property
     def rows_per_epoch(self) -> int:
         """Rows in which an epoch's documents are given, over all ranks."""
         return self._texts.num_tokens // self.lengths.text

@@ -126,7 +126,7 @@ def _part(document: Document, held_out_share: float) -> Part:
 
 
 def _documents(config: DocumentSource, data_dir: Path | None) -> Iterator[Document]:
-    source = _source(config, data_dir)
+    source = document_source(config, data_dir)
     if source.evaluation_only:
         raise DataError(
             f"The documents of `{config.identity}` are for evaluation only and cannot be trained on: "
@@ -143,7 +143,12 @@ def _documents(config: DocumentSource, data_dir: Path | None) -> Iterator[Docume
         warn(f"Of the documents of `{config.identity}`, {num_blank} are blank and left out.")
 
 
-def _source(config: DocumentSource, data_dir: Path | None) -> Source:
+def document_source(config: DocumentSource, data_dir: Path | None) -> Source:
+    """Return the rows that hold the documents of one source.
+
+    Raises:
+        DataError: if nothing of its name is there.
+    """
     if config.is_plain_text:
         return TextFile(Path(config.name).expanduser())
     return find_source(config.name, split=config.split, subset=config.subset, data_dir=data_dir)

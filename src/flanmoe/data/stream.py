@@ -124,6 +124,11 @@ class PackedStream(Generic[RowT]):
         return self.config.examples_per_row != 1
 
     @property
+    def task_names(self) -> tuple[str, ...]:
+        """Names of the tasks that examples of rows may be of, the same on all ranks."""
+        return tuple(task.name for task in self.mixture.tasks)
+
+    @property
     def report(self) -> PackingReport:
         """What has been packed so far, over all ranks: rows given, drops of windows begun."""
         return self._tally.report()

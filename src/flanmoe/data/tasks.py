@@ -170,6 +170,11 @@ class Task:
         return self.source.evaluation_only
 
     @property
+    def sources(self) -> tuple[Source, ...]:
+        """Where its rows come from, and those of the exemplars shown before a question if that is elsewhere."""
+        return (self.source,) if self._exemplars is None else (self.source, self._exemplars.source)
+
+    @property
     def examples(self) -> Sequence[Example]:
         """All examples, in the order of the source; of large sources each is read when it is asked for.
 

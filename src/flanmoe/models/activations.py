@@ -4,7 +4,7 @@
 encoder-decoders.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from flanmoe.models.flops import attention_widths
 from flanmoe.models.meta import embedding_weight, head_weight
 from flanmoe.models.precision import Precision
 from flanmoe.moe.block import MoEBlock
-from flanmoe.moe.compute import ROW_MULTIPLE
+from flanmoe.moe.compute import rows_at_a_time
 
 FLOAT32_BYTES = 4
 COMPUTE_BYTES: Mapping[Precision, int] = {"bfloat16": 2, "float32": 4}
@@ -31,8 +31,8 @@ class Activations(NamedTuple):
         layer: what autograd saves in the layer that saves most.
         layer_copies: copies of the matrices of the layer that has most, in the precision of
             products.
-        flowing: gradients that are alive while a layer goes backward, beside those of weights, as
-            far as they come on top of all that is saved.
+        flowing: gradients that are alive while a layer goes backward, beside what is kept of those of
+            weights, as far as they come on top of all that is saved.
         layer_flowing: the most of such gradients in any layer, on top of what that layer saves.
     """
 
@@ -88,10 +88,9 @@ def decoder_activations(
     """Count a decoder's for `rows` packed rows of `length` tokens; its layers are taken to be alike."""
     layers, num_tokens = model.config.num_hidden_layers, rows * length
     saved = num_tokens * saved_bytes_per_token(model, precision, length=length)
-    saved += _rounding_bytes(model, precision)
     copies = copied_bytes(model, precision)
     head = 2 * head_weight(model).numel() if copies else 0
-    flowing = _flowing_bytes(model, num_tokens)
+    flowing = _flowing_bytes(model, num_tokens, COMPUTE_BYTES[precision])
     return Activations(
         saved=saved,
         inputs=layers * num_tokens * FLOAT32_BYTES * model.config.hidden_size,
@@ -115,18 +114,55 @@ def waiting_bytes(model: PreTrainedModel) -> int:
     return FLOAT32_BYTES * table.numel() if table is embedding_weight(model) else 0
 
 
-def _flowing_bytes(model: PreTrainedModel, num_tokens: int) -> int:
-    """Return the gradients that are alive while a layer goes backward, beside those of weights.
+def _flowing_bytes(model: PreTrainedModel, num_tokens: int, width: int) -> int:
+    """Return the gradients that are alive while a layer goes backward, on top of what is kept of weights'.
 
     Four float32 vectors a token: of the residual stream, and of what a norm reads, makes and
-    scales. A sparse block has two for each visit in place of the last: of the expert's output
-    before and after it is put back into the order of the tokens. A head that is tied to the
-    embedding keeps its gradient, which waits for the embedding's.
+    scales; beside them what a sparse block works with. A head that is tied to the embedding keeps
+    its gradient, which waits for the embedding's.
     """
-    visits = max((block.top_k for block in moe_blocks(model)), default=0)
-    vectors = 3 + 2 * visits if visits else 4
-    flowing = num_tokens * vectors * FLOAT32_BYTES * model.config.hidden_size
-    return flowing + waiting_bytes(model)
+    flowing = 4 * num_tokens * FLOAT32_BYTES * model.config.hidden_size
+    working = [
+        working_bytes(
+            block.top_k * num_tokens,
+            block.num_experts,
+            block.experts.parameters(),
+            hidden_size=block.hidden_size,
+            product_width=2 * block.expert_width,
+            width=width,
+        )
+        for block in moe_blocks(model)
+    ]
+    return flowing + max(working, default=0) + waiting_bytes(model)
+
+
+def working_bytes(
+    visits: int,
+    num_experts: int,
+    parameters: Iterable[nn.Parameter],
+    *,
+    hidden_size: int,
+    product_width: int,
+    width: int,
+) -> int:
+    """Return what experts take while they go backward, beside what is saved.
+
+    The gradients of their parameters, whole, before they are added to those of earlier
+    micro-batches; and for each row that they work on at a time its input, the gradients of its
+    output and of its first product, four times what the second product takes, and the gradient of
+    the input in float32.
+
+    Args:
+        visits: rows of all experts.
+        num_experts: how many there are.
+        parameters: of all of them.
+        hidden_size, product_width: numbers in a row, and in its first product.
+        width: bytes of a number in products.
+    """
+    rows = rows_at_a_time(visits, num_experts, product_width * width)
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    at_work = width * (hidden_size + 3 * product_width) + FLOAT32_BYTES * hidden_size
+    return rows * at_work + FLOAT32_BYTES * trained
 
 
 def saved_bytes_per_token(model: PreTrainedModel, precision: Precision, *, length: int) -> int:
@@ -141,9 +177,8 @@ def saved_bytes_per_token(model: PreTrainedModel, precision: Precision, *, lengt
       input), and each token's row of the mask: c * (2 * query width + value width + length).
     - a gated FFN of width I keeps the gate, its activation and the up product: c * 3 * I (their
       product is the down projection's input).
-    - a sparse block keeps for each of the k visits the expert's input, the fused product, the
-      activation and the input of the down matrix, c * (H + 4 * I), and the output in float32,
-      4 * H; its router keeps its input, c * H.
+    - a sparse block keeps the fused product of each of the k visits, c * 2 * I; its router and its
+      experts keep their input, c * H each where autocast casts it, together one otherwise.
     """
     width = COMPUTE_BYTES[precision]
     total = sum(_block_bytes(block, width) for block in moe_blocks(model))
@@ -159,21 +194,8 @@ def saved_bytes_per_token(model: PreTrainedModel, precision: Precision, *, lengt
 
 
 def _block_bytes(block: MoEBlock, width: int) -> int:
-    return block.top_k * _visit_bytes(block, width) + width * block.hidden_size
-
-
-def _visit_bytes(block: MoEBlock, width: int) -> int:
-    return width * (block.hidden_size + 4 * block.expert_width) + FLOAT32_BYTES * block.hidden_size
-
-
-def _rounding_bytes(model: PreTrainedModel, precision: Precision) -> int:
-    """Return what the rows saved that experts are given beyond their visits."""
-    if precision != "bfloat16":
-        return 0
-    return sum(
-        block.num_experts * (ROW_MULTIPLE // 2) * _visit_bytes(block, COMPUTE_BYTES[precision])
-        for block in moe_blocks(model)
-    )
+    inputs = 1 if width == FLOAT32_BYTES else 2
+    return width * (block.top_k * 2 * block.expert_width + inputs * block.hidden_size)
 
 
 def _linear_inputs(

@@ -33,11 +33,13 @@ from flanmoe.models.activations import (
     SideBatch,
     copied_bytes,
     waiting_bytes,
+    working_bytes,
 )
 from flanmoe.models.activations_ffn import dense_bytes, slots_of, sparse_bytes
 from flanmoe.models.encoder_decoder import Attention, attention_layers, sides
 from flanmoe.models.expert_visits import RoutedExperts, routed_experts
 from flanmoe.models.precision import Precision
+from flanmoe.moe.layer import Experts
 
 _INDEX_BYTES = 8
 # Rows of scores that a token's attention works on in every head beside those that are saved: gradients
@@ -169,7 +171,7 @@ def _layer(block: nn.Module, batch: SideBatch, routed: dict[int, RoutedExperts])
         attention=attention,
         ffn=ffn,
         # The gradient of the encoder's output waits for the encoder.
-        ffn_flowing=vector * (crossed + _vectors(block, routed, tokens) * tokens),
+        ffn_flowing=vector * crossed + _ffn_flowing(block, batch, routed),
         attention_flowing=vector * crossed + int(_SCORES_AT_WORK[batch.precision] * scores),
         copies=copied_bytes(block, batch.precision),
     )
@@ -231,11 +233,29 @@ def _kept_by_scores(batch: SideBatch, *, crosses: bool) -> tuple[int, int]:
     return FLOAT32_BYTES * (1 + 2 * dropping), FLOAT32_BYTES
 
 
-def _vectors(block: nn.Module, routed: dict[int, RoutedExperts], num_tokens: int) -> int:
-    """Return how many float32 vectors a token's gradients take while an FFN goes backward.
+def _ffn_flowing(block: nn.Module, batch: SideBatch, routed: dict[int, RoutedExperts]) -> int:
+    """Return what gradients take while an FFN goes backward.
 
-    Of the residual stream, and of what a norm reads, makes and scales; a sparse block has two for
-    each visit in place of the last, as in a decoder (`activations`).
+    Four float32 vectors a token: of the residual stream, and of what a norm reads, makes and
+    scales. Our experts work on some rows beside that, as in a decoder (`activations`); Switch has
+    two vectors for each visit in place of the last.
     """
-    experts = [routed[id(module)] for module in block.modules() if id(module) in routed]
-    return max((3 + 2 * slots_of(each, num_tokens) for each in experts), default=4)
+    vector = FLOAT32_BYTES * batch.hidden_size * batch.num_tokens
+    flowing = 4 * vector
+    for module in block.modules():
+        experts = routed.get(id(module))
+        if experts is None:
+            continue
+        if isinstance(module, Experts):
+            working = working_bytes(
+                round(experts.share * experts.num_experts * batch.num_tokens),
+                experts.num_experts,
+                experts.parameters(),
+                hidden_size=batch.hidden_size,
+                product_width=module.gate_up_proj.shape[1],
+                width=batch.width,
+            )
+            flowing = max(flowing, 4 * vector + working)
+        else:
+            flowing = max(flowing, (3 + 2 * slots_of(experts, batch.num_tokens)) * vector)
+    return flowing

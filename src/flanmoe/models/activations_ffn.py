@@ -5,8 +5,7 @@ With c bytes a number in matrix products (tests compare with what autograd reall
 - an FFN of width I keeps its input, its activation and both factors where it is gated, c * I each;
   gelu_new, written out in transformers, keeps four activations;
 - dropout keeps one number for each unit that it may drop;
-- a sparse block keeps what an FFN does for each expert that the token visits, and the outputs in
-  float32 for as many as the token with the most visits.
+- a sparse block keeps the first product of each expert that the token visits, and its input once.
 """
 
 import math
@@ -18,7 +17,7 @@ from transformers.activations import NewGELUActivation
 
 from flanmoe.models.activations import FLOAT32_BYTES, SideBatch
 from flanmoe.models.expert_visits import RoutedExperts
-from flanmoe.moe.compute import ROW_MULTIPLE, hidden_dropout
+from flanmoe.moe.compute import hidden_dropout
 from flanmoe.moe.layer import Experts
 
 
@@ -61,25 +60,13 @@ def sparse_bytes(routed: RoutedExperts, batch: SideBatch) -> int:
         # Switch: beside what an expert computes with, its output before and after the gate.
         visit = dense_bytes(next(experts.children()), batch) + batch.inputs(1)
         return router + (visit + FLOAT32_BYTES * hidden) * tokens
-    dropping, gated = hidden_dropout(experts) > 0, experts.has_gate
-    # Gate and up are one tensor, which stays for the sake of up.
-    activation = (
-        1
-        if gated
-        else _kept_by_activation(experts.activation == "relu", gated=False, dropping=dropping)
-    )
-    kept = _kept_in_ffn(activation, gated=gated, dropping=dropping)
-    units = batch.width * kept * experts.expert_width
-    visits, slots = routed.share * num_experts * tokens, slots_of(routed, tokens) * tokens
-    outputs = FLOAT32_BYTES * hidden * slots
-    if batch.precision == "float32":
-        # Inputs of all experts are one tensor, empty slots included.
-        return router + round(units * visits) + 2 * outputs
-    if visits > ROW_MULTIPLE * num_experts:
-        # Rows of an expert are rounded up; where experts choose, all have the same number.
-        rounding = ROW_MULTIPLE // 2 if routed.asked else -(visits / num_experts) % ROW_MULTIPLE
-        visits += num_experts * rounding
-    return router + round((units + batch.width * hidden) * visits) + outputs
+    # Of each visit the first product, and one byte for each unit that dropout may take.
+    units = batch.width * (2 if experts.has_gate else 1) * experts.expert_width
+    if hidden_dropout(experts) > 0:
+        units += experts.expert_width
+    # Without a cast experts and router keep one input.
+    inputs = 0 if batch.precision == "float32" else batch.width * hidden * tokens
+    return router + round(units * routed.share * num_experts * tokens) + inputs
 
 
 def slots_of(routed: RoutedExperts, num_tokens: int) -> int:

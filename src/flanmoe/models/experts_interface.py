@@ -5,43 +5,86 @@ transformers lets every experts module look up its forward by name. This module 
 `load_model` does.
 """
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from jaxtyping import Float, Int
-from torch import Tensor
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from flanmoe.moe.compute import (
     FusedExperts,
+    Gated,
+    Plain,
     expert_ffn,
     expert_observer,
     hidden_dropout,
 )
+from flanmoe.moe.compute.chosen import chosen_experts
+from flanmoe.moe.compute.low_rank import low_rank_experts
 
 EXPERTS_IMPLEMENTATION = "flanmoe"
+
+_ACTIVATION_NAMES: Mapping[type[nn.Module], str] = {
+    nn.SiLU: "silu",
+    SiLUActivation: "silu",
+    nn.ReLU: "relu",
+}
 
 
 def fused_experts(module: Any) -> FusedExperts:
     """View a transformers experts module as `FusedExperts`; nothing is copied.
 
     Reads the flags that transformers sets on every such module: transposed storage becomes a view,
-    and an interleaved layout is the business of the module's own gate function.
+    and an interleaved layout is the business of the module's own gate function. What a tuner has put beside
+    the experts is part of the view.
     """
-    first = module.gate_up_proj if module.has_gate else module.up_proj
-    first_bias = None
-    if module.has_bias:
-        first_bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
-    down = module.down_proj
+    experts = _view(module, partial(getattr, module))
+    chosen = chosen_experts(module)
+    if chosen is None:
+        return experts
+    return replace(experts, split=chosen.split(experts, _view(module, chosen.weights.__getitem__)))
+
+
+def _view(module: Any, stored: Callable[[str], Any]) -> FusedExperts:
+    """View what is stored by name as experts of a module."""
+    first_name = "gate_up_proj" if module.has_gate else "up_proj"
+    first, down = stored(first_name), stored("down_proj")
     return FusedExperts(
         gate_up=first.transpose(1, 2) if module.is_transposed else first,
         down=down.transpose(1, 2) if module.is_transposed else down,
-        combine=module._apply_gate if module.has_gate else module.act_fn,
-        gate_up_bias=first_bias,
-        down_bias=module.down_proj_bias if module.has_bias else None,
+        combine=_combine(module),
+        gate_up_bias=stored(f"{first_name}_bias") if module.has_bias else None,
+        down_bias=stored("down_proj_bias") if module.has_bias else None,
         output_norm=module.post_expert_norm if module.has_post_expert_norm else None,
         hidden_dropout=hidden_dropout(module) if module.training else 0.0,
         observer=expert_observer(module),
+        low_rank=low_rank_experts(module),
     )
+
+
+def _combine(module: Any) -> Callable[[Tensor], Tensor]:
+    """Return what a module does between its products, by name where its derivative is written out."""
+    own_gate = module.has_gate and type(module)._apply_gate is not _default_apply_gate
+    name = None if own_gate else _activation_name(module.act_fn)
+    if name is not None:
+        return Gated(name) if module.has_gate else Plain(name)
+    return module._apply_gate if module.has_gate else module.act_fn
+
+
+def _activation_name(activation: Any) -> str | None:
+    """Return the name that `POINTWISE` has for an activation of transformers', None if it has none."""
+    # Activations that transformers can also write out in Python hold what they really call.
+    function = getattr(activation, "act", None)
+    if isinstance(activation, GELUActivation):
+        return "gelu" if function is functional.gelu else None
+    if isinstance(activation, GELUTanh):
+        return "gelu_tanh" if isinstance(function, partial) else None
+    return _ACTIVATION_NAMES.get(type(activation))
 
 
 def experts_implementation(module: Any) -> str:

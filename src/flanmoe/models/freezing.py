@@ -18,6 +18,7 @@ from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import AfterValidator
 from rich.table import Table
 from torch import nn
@@ -29,9 +30,11 @@ from flanmoe.core.errors import ModelError
 from flanmoe.core.names import listing
 from flanmoe.models.blocks import moe_blocks
 from flanmoe.moe.block import MoEBlock
+from flanmoe.moe.compute.chosen import ChosenExperts
+from flanmoe.moe.compute.low_rank import LowRankExperts
 
 FreezePreset = Literal["gate", "experts", "moe", "non_moe", "attention"]
-Part = Literal["gate", "experts", "other_moe", "attention", "embeddings", "other"]
+Part = Literal["adapters", "gate", "experts", "other_moe", "attention", "embeddings", "other"]
 
 # Presets that say something about sparse blocks, and therefore nothing about a dense model.
 _ABOUT_SPARSE_BLOCKS = frozenset({"gate", "experts", "moe", "non_moe"})
@@ -51,8 +54,9 @@ class TrainedPart(Config):
     """How much of one part of a model trains.
 
     Attributes:
-        part: `gate`, `experts` and `other_moe` (shared experts and their gates) make up the sparse
-            blocks; `embeddings` holds the head too; `other` is norms, dense FFNs and what is left.
+        part: `adapters` are what a tuner has put beside the model's own weights; `gate`, `experts` and
+            `other_moe` (shared experts and their gates) make up the sparse blocks; `embeddings` holds the
+            head too; `other` is norms, dense FFNs and what is left.
         parameters: numbers in it.
         trained: those of them that the optimizer changes.
     """
@@ -126,9 +130,14 @@ def frozen(model: PreTrainedModel, presets: Sequence[FreezePreset]) -> Generator
 
 
 def what_trains(model: PreTrainedModel) -> WhatTrains:
-    """Count for each part of a model how many of its parameters train."""
+    """Count for each part of a model how many of its parameters train.
+
+    Experts that a tuner trains as copies count once, as trained.
+    """
     members = _members(model)
+    copies = _identities(module for module in model.modules() if isinstance(module, ChosenExperts))
     order: dict[Part, set[int]] = {
+        "adapters": _adapters(model),
         "gate": members["gate"],
         "experts": members["experts"],
         "other_moe": members["moe"],
@@ -141,7 +150,7 @@ def what_trains(model: PreTrainedModel) -> WhatTrains:
     found: list[TrainedPart] = []
     for part, identities in order.items():
         own = [left.pop(identity) for identity in list(left) if identity in identities]
-        parameters = sum(parameter.numel() for parameter in own)
+        parameters = sum(parameter.numel() for parameter in own if id(parameter) not in copies)
         trained = sum(parameter.numel() for parameter in own if parameter.requires_grad)
         if parameters:
             found.append(TrainedPart(part=part, parameters=parameters, trained=trained))
@@ -210,6 +219,15 @@ def _block_members(model: nn.Module, block: MoEBlock, attention: set[int]) -> se
     members = _identities([model.get_submodule(block.name)])
     # Where router and experts lie in the decoder layer itself (Gemma 4), the layer is no block.
     return _identities([block.router, block.experts]) if members & attention else members
+
+
+def _adapters(model: nn.Module) -> set[int]:
+    """Return what low-rank tuners, ours and PEFT's, have put into a model."""
+    found = _identities(module for module in model.modules() if isinstance(module, LowRankExperts))
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            found |= _identities(getattr(module, name) for name in module.adapter_layer_names)
+    return found
 
 
 def _embeddings(model: PreTrainedModel) -> set[int]:

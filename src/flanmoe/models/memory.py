@@ -17,8 +17,10 @@ With gradient checkpointing only the input of each layer is saved, and the activ
 one layer at a time are there again during the backward pass.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flanmoe.core.config import Config
@@ -90,6 +92,7 @@ def estimate_memory(
     precision: Precision = "bfloat16",
     optimizer: Optimizer = "adamw",
     gradient_checkpointing: bool = False,
+    beside: Sequence[nn.Parameter] = (),
 ) -> MemoryEstimate:
     """Estimate the peak memory of training on micro-batches of `rows` rows of `length` tokens.
 
@@ -103,6 +106,7 @@ def estimate_memory(
         precision: what matrix products are computed in.
         optimizer: whose state is kept.
         gradient_checkpointing: whether each layer keeps its input alone and runs twice.
+        beside: what trains beside the model's own weights, such as adapters; they may be on the meta device.
 
     Raises:
         ModelError: if an encoder-decoder has no `target_length` or a decoder has one, or the
@@ -118,12 +122,13 @@ def estimate_memory(
     )
     moments = _recomputing(model, work) if gradient_checkpointing else _keeping(model, work)
     fullest = max(moments, key=sum)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = [*model.parameters(), *beside]
+    trainable = sum(weight.numel() for weight in weights if weight.requires_grad)
     made_anew = FLOAT32_BYTES * trainable + fullest.copies + fullest.saved
     return MemoryEstimate(
-        weights=FLOAT32_BYTES * sum(p.numel() for p in model.parameters()),
+        weights=FLOAT32_BYTES * sum(weight.numel() for weight in weights),
         gradients=FLOAT32_BYTES * trainable,
-        optimizer=optimizer_bytes(model.parameters(), optimizer),
+        optimizer=optimizer_bytes(weights, optimizer),
         weight_copies=fullest.copies,
         activations=fullest.saved + fullest.beside,
         runtime=RUNTIME_BYTES,

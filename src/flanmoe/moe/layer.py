@@ -4,35 +4,29 @@ Native transformers blocks keep their own modules; this one is for models withou
 (DESIGN 5.2) and for routers that no native class has.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from flanmoe.core.config import Config
 from flanmoe.core.errors import ModelError
 from flanmoe.moe.compute import (
     FusedExperts,
+    Gated,
+    Plain,
     expert_ffn,
     expert_observer,
-    gated,
     hidden_dropout,
     set_hidden_dropout,
 )
+from flanmoe.moe.compute.chosen import chosen_experts
+from flanmoe.moe.compute.low_rank import low_rank_experts
 from flanmoe.moe.replay import RoutingReplay
 from flanmoe.moe.routers.base import Router
-
-_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-}
 
 
 class ExpertsConfig(Config):
@@ -89,14 +83,22 @@ class Experts(nn.Module):
             nn.init.normal_(matrices, std=matrices.shape[-1] ** -0.5)
 
     def fused(self) -> FusedExperts:
-        """View the experts as what `expert_ffn` takes; nothing is copied."""
-        activation = _ACTIVATIONS[self.activation]
+        """View the experts as what `expert_ffn` takes, with what a tuner put beside them; nothing is copied."""
+        experts = self._view(self.gate_up_proj, self.down_proj)
+        chosen = chosen_experts(self)
+        if chosen is None:
+            return experts
+        copies = self._view(chosen.weights["gate_up_proj"], chosen.weights["down_proj"])
+        return replace(experts, split=chosen.split(experts, copies))
+
+    def _view(self, gate_up: Tensor, down: Tensor) -> FusedExperts:
         return FusedExperts(
-            gate_up=self.gate_up_proj,
-            down=self.down_proj,
-            combine=gated(activation) if self.has_gate else activation,
+            gate_up=gate_up,
+            down=down,
+            combine=Gated(self.activation) if self.has_gate else Plain(self.activation),
             hidden_dropout=hidden_dropout(self) if self.training else 0.0,
             observer=expert_observer(self),
+            low_rank=low_rank_experts(self),
         )
 
     def forward(

@@ -59,7 +59,7 @@ CONVENTIONS: Mapping[ConventionName, Convention] = {
 
 def router_probabilities(logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
     """Softmax over experts in float32, or in float64 where the logits are float64."""
-    return _at_least_float32(logits).softmax(dim=-1)
+    return at_least_float32(logits).softmax(dim=-1)
 
 
 def asked_counts(routing: Routing, *, counting: Counting = "any") -> Int[Tensor, " E"]:
@@ -179,7 +179,7 @@ def z_loss(routing: Routing, *, num_tokens: Tensor | int | None = None) -> Float
         num_tokens: number of tokens that the mean is over where these are a part of them; the
             valid tokens of `routing` by default.
     """
-    logits = _at_least_float32(routing.logits[routing.valid])
+    logits = at_least_float32(routing.logits[routing.valid])
     total = logits.logsumexp(dim=-1).square().sum()
     return total / (_num_valid(routing) if num_tokens is None else num_tokens)
 
@@ -220,5 +220,6 @@ def _num_valid(routing: Routing) -> Int[Tensor, ""]:
     return routing.valid.sum().clamp(min=1)
 
 
-def _at_least_float32(logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+def at_least_float32(logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+    """Return the logits in float32, or as they are in float64."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,98 +1,206 @@
-"""Looking at a sparse model: who goes to which expert, layer by layer and task by task."""
+"""Looking at a sparse model: who goes to which expert, how far tasks lie apart, which experts a task needs."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.table import Table
-from transformers import PreTrainedModel
+from pydantic import Field
 
-from flanmoe.core.console import progress, show_table
-from flanmoe.data.chat import render_chat
-from flanmoe.data.collate import collate
-from flanmoe.data.packing import packed_row, tokenize
+from flanmoe.core.config import Config
+from flanmoe.core.console import say, show_table, warn
+from flanmoe.core.errors import ConfigError, ModelError, RunError
+from flanmoe.core.files import require_new_folder
+from flanmoe.core.names import listing
 from flanmoe.data.sources.finding import DEFAULT_SPLIT
 from flanmoe.data.tasks import Task, load_tasks
-from flanmoe.models.blocks import require_moe_blocks
+from flanmoe.evaluation.lm.limits import longest_text
+from flanmoe.evaluation.routing.files import write_lists_on_lines
+from flanmoe.models.loading import load_config
+from flanmoe.models.meta import meta_model
+from flanmoe.models.packing import takes_segments
 from flanmoe.models.plan import count_parameters
-from flanmoe.moe.recorder import ExpertLoad, RoutingRecorder
+from flanmoe.stages.expert_batches import DrawnExamples, ExpertBatches, named_twice
 from flanmoe.stages.held_model import HeldModel
+from flanmoe.stages.inspect_alerts import inspect_alerts
+from flanmoe.stages.inspect_pictures import write_pictures
+from flanmoe.stages.inspect_report import DEFINITIONS, InspectReport, side_reports
+from flanmoe.stages.inspect_tables import legend, tables
 from flanmoe.stages.task_names import named_tasks
+from flanmoe.statistics import ExpertStatistics, StatisticsParts, collect
+from flanmoe.statistics.readable import readable_blocks
+
+REPORT_FILE = "inspect.json"
+STATISTICS_FILE = "statistics.safetensors"
+
+
+class InspectConfig(Config):
+    """How a model is inspected.
+
+    Attributes:
+        limit: examples of each task, drawn at random; all where a task has no more.
+        length: tokens of a row, and the most that is read of an example; of an encoder-decoder on each side.
+        share: of a task's gate mass that the experts it needs are to hold.
+        coactivation: whether pairs of experts are counted.
+    """
+
+    limit: int = Field(default=32, ge=1)
+    length: int = Field(default=1024, ge=2)
+    share: float = Field(default=0.9, gt=0, le=1)
+    coactivation: bool = False
 
 
 def inspect_reference(
-    reference: str, names: Sequence[str], *, split: str | None, limit: int, data_dir: Path | None
+    reference: str,
+    names: Sequence[str],
+    config: InspectConfig,
+    *,
+    split: str | None = None,
+    data_dir: Path | None = None,
+    out: Path | None = None,
 ) -> dict[str, Any]:
-    """Send examples of each task through a sparse model and count where its routers send them.
+    """Send examples of each task through a sparse model, and print what its experts did; `flanmoe inspect`.
 
-    `split` None takes `train` where a task has splits.
+    Args:
+        reference: a known name, a folder or a hub id.
+        names: tasks by name.
+        config: how.
+        split: of the tasks; None takes `train` where a task has splits.
+        data_dir: data folder, None where none was named.
+        out: folder for pictures, `inspect.json` and the statistics; None for none.
 
     Raises:
-        ModelError: if the model is dense.
-        ConfigError: if `split` has no effect.
-        DataError: if a task is not known.
+        ModelError: if the model is dense, or an encoder-decoder that cannot be read.
+        ConfigError: if a task is named twice, or `split` has no effect.
+        DataError: if a task is not known or has no examples.
+        RunError: if `out` is a file or holds files.
+        DiskError: if `out` cannot be written.
     """
+    _require_folder(out)
+    tasks = _tasks(names, split=split, data_dir=data_dir)
+    drawn = [DrawnExamples.of(task, config.limit) for task in tasks]
+    _require_readable(reference)
+    held = HeldModel(reference)
+    length = min(config.length, longest_text(held.model().config, held.tokenizer()))
+    batches = ExpertBatches(held, drawn, length=length)
+    _announce(batches, tasks, config)
+    statistics = _collected(held, batches, config, everything=out is not None)
+    _warn_of_cuts(batches, length)
+    alerts, judged = inspect_alerts(statistics)
+    report = InspectReport(
+        model=reference,
+        parameters=count_parameters(held.model()),
+        length=length,
+        shares_rows=batches.shares_rows,
+        examples=batches.read,
+        model_hash=statistics.model_hash,
+        data_hash=statistics.data_hash,
+        alerts=alerts,
+        judged=judged,
+        definitions=DEFINITIONS,
+        sides=side_reports(statistics, [task.name for task in tasks], share=config.share),
+    )
+    _show(report)
+    _write(report, statistics, out)
+    return report.to_mapping()
+
+
+def _tasks(names: Sequence[str], *, split: str | None, data_dir: Path | None) -> list[Task]:
     configs = named_tasks(names, split=split, default_split=DEFAULT_SPLIT)
     tasks = load_tasks(configs, data_dir=data_dir)
-    held = HeldModel(reference)
-    model = held.model().eval()
-    blocks = require_moe_blocks(model)
-    loads: dict[str, list[dict[str, Any]]] = {}
-    for task in tasks:
-        loads[task.name] = _task_load(held, task, limit)
-    layers = [block.layer for block in blocks]
-    for name, load in loads.items():
-        show_table(_load_table(name, layers, load))
-    return {
-        "model": reference,
-        "parameters": count_parameters(model).to_mapping(),
-        "num_experts": [block.num_experts for block in blocks],
-        "top_k": [block.top_k for block in blocks],
-        "layers": layers,
-        "tasks": loads,
-    }
-
-
-def _task_load(held: HeldModel, task: Task, limit: int) -> list[dict[str, Any]]:
-    model, tokenizer = held.model(), held.text_tokenizer()
-    blocks = require_moe_blocks(model)
-    load = ExpertLoad([block.num_experts for block in blocks])
-    recorder = RoutingRecorder(blocks)
-    examples = task.examples[:limit]
-    with progress(f"  {task.name}", total=len(examples), unit="examples") as advance:
-        for example in examples:
-            tokens = tokenize(render_chat(example, task.renderer, tokenizer, task.name), tokenizer)
-            batch = collate([packed_row([tokens], length=len(tokens))])
-            load.update(_counts(model, recorder, batch))
-            advance()
-    return load.to_mapping()
-
-
-def _counts(
-    model: PreTrainedModel, recorder: RoutingRecorder, batch: dict[str, torch.Tensor]
-) -> list[torch.Tensor]:
-    with torch.no_grad(), recorder.recording() as layers:
-        model(
-            input_ids=batch["input_ids"],
-            position_ids=batch["position_ids"],
-            use_cache=False,
-            logits_to_keep=1,
+    if twice := named_twice(tasks):
+        raise ConfigError(
+            f"Every task must be named once, since tasks are compared with each other, but {twice} is named "
+            "several times. Leave the others out."
         )
-    return [routing.expert_counts() for routing in layers]
+    return tasks
 
 
-def _load_table(name: str, layers: Sequence[int], load: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title=f"Share of assignments, % ({name})")
-    table.add_column("layer", justify="right")
-    num_experts = max(len(layer["fractions"]) for layer in load)
-    for expert in range(num_experts):
-        table.add_column(f"e{expert}", justify="right")
-    table.add_column("unused", justify="right")
-    table.add_column("busiest / mean", justify="right")
-    for number, layer in zip(layers, load, strict=True):
-        shares = [f"{100 * share:.0f}" for share in layer["fractions"]]
-        padding = [""] * (num_experts - len(shares))
-        unused = f"{100 * layer['unused_share']:.0f} %"
-        table.add_row(str(number), *shares, *padding, unused, f"{layer['max_over_mean']:.2f}")
-    return table
+def _require_folder(out: Path | None) -> None:
+    if out is None:
+        return
+    if out.exists() and not out.is_dir():
+        raise RunError(
+            f"The output folder {out} must be a folder, but is a file. Choose another with `--out`."
+        )
+    require_new_folder(out, way_out="Name another one with `--out`")
+
+
+def _require_readable(reference: str) -> None:
+    """Refuse a model whose experts cannot be read before its weights are, which may take minutes."""
+    model = meta_model(load_config(reference))
+    is_foreign = model.config.is_encoder_decoder and not takes_segments(model)
+    if is_foreign and getattr(model.config, "num_experts", 0):
+        raise ModelError(
+            f"Of sparse encoder-decoders FlanMoeT5 can be inspected, but {reference} is a "
+            f"{type(model).__name__}: transformers keeps each of its experts in a module of its own, and its "
+            "routers count padding. The weights of a Switch become a FlanMoeT5 with "
+            "`flanmoe.models.flan_moe_t5.switch.load_switch`; for others there is no way yet."
+        )
+    readable_blocks(model, outputs=False)
+
+
+def _announce(batches: ExpertBatches, tasks: Sequence[Task], config: InspectConfig) -> None:
+    small = [f"{task.name} ({task.size})" for task in tasks if task.size < config.limit]
+    if small:
+        say(
+            f"All examples are read of tasks that have fewer than {config.limit}: {listing(small, limit=6)}."
+        )
+    if not batches.shares_rows:
+        say("One example in a row: packed together, this model's examples would see each other.")
+
+
+def _collected(
+    held: HeldModel, batches: ExpertBatches, config: InspectConfig, *, everything: bool
+) -> ExpertStatistics:
+    # What others read out of the file costs memory and a little time, so only where there will be one.
+    parts = StatisticsParts(coactivation=config.coactivation)
+    if not everything:
+        parts = StatisticsParts(coactivation=config.coactivation, outputs=False, logit_sample=0)
+    return collect(
+        held.model(), batches, groups=batches.groups, data_hash=batches.data_hash, parts=parts
+    )
+
+
+def _warn_of_cuts(batches: ExpertBatches, length: int) -> None:
+    read = batches.read.values()
+    for what, count in (
+        ("cut at their end", sum(one.truncated for one in read)),
+        (
+            "left out, since their answer would have been cut off",
+            sum(one.left_out for one in read),
+        ),
+    ):
+        if count:
+            warn(
+                f"{count} examples are longer than {length} tokens and were {what}. See `--length`."
+            )
+
+
+def _show(report: InspectReport) -> None:
+    for title, table in tables(report):
+        say(f"\n{title}")
+        show_table(table)
+    say("")
+    for line in legend(report):
+        say(line)
+    if any(side.coactivation == () for side in report.sides):
+        say("Layers whose tokens have one expert each have no pairs of experts.")
+    for alert in report.alerts:
+        warn(alert.words)
+    if not report.judged:
+        say("Too few tokens to look for collapse, unused experts and drops: raise `--limit`.")
+    elif not report.alerts:
+        say(
+            "No alert: no collapse, no unused expert, no drops beyond the limits, nothing hidden by pooling."
+        )
+
+
+def _write(report: InspectReport, statistics: ExpertStatistics, out: Path | None) -> None:
+    if out is None:
+        say("For pictures, all layers as JSON and the statistics add `--out DIR`.")
+        return
+    statistics.save(out / STATISTICS_FILE)
+    pictures = write_pictures(report, statistics, out)
+    # Last, so that it never stands there without its pictures.
+    write_lists_on_lines(out / REPORT_FILE, report.to_mapping())
+    say(f"Written to {out}: {', '.join((*pictures, REPORT_FILE, STATISTICS_FILE))}.")

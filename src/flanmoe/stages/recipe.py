@@ -148,6 +148,15 @@ class PretrainStage(Config):
         _require_one_process(self.train)
         return self
 
+    @model_validator(mode="after")
+    def _all_of_it_trains(self) -> "PretrainStage":
+        if self.train.tuner is not None:
+            raise ValueError(
+                f"`train.tuner` is for stages of the kind `tune`, but is {self.train.tuner.kind} in a "
+                "pre-training; leave it out"
+            )
+        return self
+
 
 class EvaluateStage(SuiteConfig):
     """Score the model in hand on tasks that it is not trained on."""
@@ -187,7 +196,30 @@ def _labels_are_unique(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
     return stages
 
 
-Stages = Annotated[tuple[Stage, ...], Field(min_length=1), AfterValidator(_labels_are_unique)]
+def leaves_model(stage: Stage) -> bool:
+    """Return whether a stage leaves a model behind: not a score, nor a tuner that is not merged."""
+    if isinstance(stage, TuneStage | PretrainStage):
+        return stage.train.tuner is None or stage.train.tuner.merge
+    return not isinstance(stage, EvaluateStage)
+
+
+def _nothing_follows_an_adapter(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    for stage in stages[:-1]:
+        if not isinstance(stage, EvaluateStage) and not leaves_model(stage):
+            raise ValueError(
+                f"a stage whose tuner is not merged must be the last, but found {len(stages)} stages with "
+                f"`{stage.label}` before the last: they would work on the model as it was; set "
+                "`tuner.merge: true`"
+            )
+    return stages
+
+
+Stages = Annotated[
+    tuple[Stage, ...],
+    Field(min_length=1),
+    AfterValidator(_labels_are_unique),
+    AfterValidator(_nothing_follows_an_adapter),
+]
 
 
 def require_a_start(model: str | None, stages: Sequence[Stage]) -> None:

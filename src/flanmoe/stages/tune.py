@@ -20,10 +20,14 @@ from flanmoe.models.plan import ParameterCount
 from flanmoe.models.row_flops import count_row_flops
 from flanmoe.stages.context import StageContext
 from flanmoe.stages.held_model import HeldModel
-from flanmoe.stages.recipe import TuneStage
+from flanmoe.stages.recipe import TuneStage, leaves_model
 from flanmoe.stages.tuning_size import tuning_size
 from flanmoe.training.checkpoints import latest_checkpoint
-from flanmoe.training.tune import TuneResult, tune
+from flanmoe.training.task_statistics import with_statistics
+from flanmoe.training.tune import ADAPTER_FOLDER, TuneResult, tune
+
+# What the model did with the data before it was tuned, for tuners that choose experts by it.
+STATISTICS_FILE = "expert_statistics.safetensors"
 
 
 class MixedTask(Config):
@@ -74,11 +78,12 @@ def run_tune(
 ) -> tuple[HeldModel, TuneStageResult]:
     """Train the model in hand; goes on from the stage's last complete checkpoint if there is one.
 
-    The checkpoints stay: until the result is on disk, they are what a resumed run goes on from.
+    The checkpoints stay: until the result is on disk, they are what a resumed run goes on from. A tuner that is
+    not merged leaves its adapter beside the records, and the model in hand as it was.
     """
     stream = training_stream(stage, held, context)
     model = held.model()
-    train = stage.train
+    train = with_statistics(stage.train, model, stream, context.run.file(STATISTICS_FILE))
     size = tuning_size(model, train)
     flops = count_row_flops(model, length=train.length, target_length=train.target_length)
     checkpoint = latest_checkpoint(context.run.path)
@@ -87,16 +92,19 @@ def run_tune(
     training = tune(
         model,
         stream,
-        stage.train,
+        train,
         run=context.run,
         seeds=context.seeds.child(stage.label),
         flops_per_token=flops.training,
         resume=checkpoint is not None,
     )
     hashes = held.training_hashes() | stream.seen_hashes
-    with whole_folder(context.model_folder, marker=MODEL_MARKER) as partial:
-        save_model(model, held.tokenizer(), partial)
-        write_training_hashes(partial, hashes)
+    if leaves_model(stage):
+        with whole_folder(context.model_folder, marker=MODEL_MARKER) as partial:
+            save_model(model, held.tokenizer(), partial)
+            write_training_hashes(partial, hashes)
+    else:
+        write_training_hashes(context.run.file(ADAPTER_FOLDER), hashes)
     # The loader has read ahead; back to the rows that were trained on, to count those.
     stream.load_state_dict(stream.state_after(training.ledger.sequences))
     tasks = stream.mixture.tasks
@@ -110,7 +118,7 @@ def run_tune(
         mixture=_mixed(stream.mixture),
         rejected=num_rejected(tasks),
     )
-    return held.saved(model, context.model_folder), result
+    return (held.saved(model, context.model_folder) if leaves_model(stage) else held), result
 
 
 def _mixed(mixture: Mixture) -> dict[str, MixedTask]:

@@ -1,4 +1,4 @@
-"""What one arm of a study will cost: its stages gone through on models without weights."""
+"""What one arm of a study will cost, and each of its stages: gone through on models without weights."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ from flanmoe.models.flan_moe_t5.shape import shape_config
 from flanmoe.models.flan_moe_t5.upcycle import sparse_t5_config
 from flanmoe.models.flops import FlopCount
 from flanmoe.models.loading import load_config
-from flanmoe.models.memory import MemoryEstimate
+from flanmoe.models.memory import RUNTIME_BYTES, MemoryEstimate
 from flanmoe.models.meta import meta_model
 from flanmoe.models.plan import ParameterCount, count_parameters
 from flanmoe.models.row_flops import count_row_flops
@@ -20,8 +20,10 @@ from flanmoe.stages.recipe import (
     EvaluateStage,
     PretrainStage,
     Stage,
+    TuneStage,
     UpcycleStage,
     UpcycleT5Stage,
+    leaves_model,
     stated_lengths,
 )
 from flanmoe.stages.tuning_size import tuning_size
@@ -38,8 +40,35 @@ _BYTES_FLOAT32 = 4
 _TOKENS_PER_QUESTION = 300
 
 
+class StageCost(Config):
+    """What one stage costs.
+
+    Attributes:
+        label: the stage's name.
+        kind: `tune`, `evaluate`, ...
+        parameters: of the model that it leaves or scores; trainable is what it trains, 0 for none.
+        memory_bytes: peak of its process.
+        tokens: packed tokens that it trains on, padding included.
+        flops: operations: of training with the passes that count experts for router losses of scope `global`,
+            or of the questions of an evaluation.
+        seconds: on this machine, roughly.
+        model_bytes: the model that it leaves behind, 0 for none.
+        checkpoint_bytes: its checkpoints, which go when it has finished.
+    """
+
+    label: str
+    kind: str
+    parameters: ParameterCount
+    memory_bytes: int
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float
+    model_bytes: int = 0
+    checkpoint_bytes: int = 0
+
+
 class ArmPlan(Config):
-    """What one arm costs with one seed.
+    """What one arm costs with one seed, as if it ran alone.
 
     Attributes:
         stages: labels in order.
@@ -67,8 +96,10 @@ class ArmPlan(Config):
     kept_bytes: int
 
 
-def plan_arm(arm: Arm, machine: Machine, num_questions: Mapping[str, int]) -> ArmPlan:
-    """Plan one arm with one seed.
+def plan_arm(
+    arm: Arm, machine: Machine, num_questions: Mapping[str, int]
+) -> tuple[ArmPlan, tuple[StageCost, ...]]:
+    """Plan one arm with one seed, and each of its stages.
 
     Args:
         arm: the arm.
@@ -79,36 +110,38 @@ def plan_arm(arm: Arm, machine: Machine, num_questions: Mapping[str, int]) -> Ar
         ModelError: if a model's configuration cannot be read, or the model cannot be upcycled, frozen
             or given expert dropout as asked.
     """
-    costs = _ArmCosts(None if arm.model is None else load_config(arm.model), num_questions)
+    costs = _ArmCosts(None if arm.model is None else load_config(arm.model), machine, num_questions)
     length, target_length = stated_lengths(arm.stages)
-    for stage in arm.stages:
-        costs.add(stage, length, target_length)
-    return ArmPlan(
+    stages = tuple(costs.stage(stage, length, target_length) for stage in arm.stages)
+    last = [stage.model_bytes for stage in stages if stage.model_bytes]
+    planned = ArmPlan(
         stages=tuple(stage.label for stage in arm.stages),
         parameters=costs.parameters,
         flops_per_token=count_row_flops(costs.model, length=length, target_length=target_length),
         memory=costs.memory,
-        tokens=costs.tokens,
-        training_flops=costs.training_flops,
-        seconds=costs.all_flops / (machine.flops_per_second * _EFFICIENCY),
-        disk_bytes=costs.disk,
-        kept_bytes=costs.last,
+        tokens=sum(stage.tokens for stage in stages),
+        training_flops=sum(stage.flops for stage in stages if stage.tokens),
+        seconds=sum(stage.seconds for stage in stages),
+        disk_bytes=sum(stage.model_bytes + stage.checkpoint_bytes for stage in stages),
+        kept_bytes=last[-1] if last else 0,
     )
+    return planned, stages
 
 
 class _ArmCosts:
-    """Sums over the stages of an arm, and the model that they have come to."""
+    """The stages of an arm one after the other, and the model that they have come to."""
 
-    def __init__(self, config: PreTrainedConfig | None, num_questions: Mapping[str, int]) -> None:
+    def __init__(
+        self, config: PreTrainedConfig | None, machine: Machine, num_questions: Mapping[str, int]
+    ) -> None:
         self._model: PreTrainedModel | None = None
         self._config = config
         if config is not None:
             self._become(config)
+        self._machine = machine
         self._num_questions = num_questions
         self._trainable = 0
         self.memory: MemoryEstimate | None = None
-        self.tokens = self.disk = self.last = 0
-        self.training_flops = self.all_flops = 0.0
 
     @property
     def model(self) -> PreTrainedModel:
@@ -122,7 +155,7 @@ class _ArmCosts:
         """Counts of the model in hand; trainable is what its last training trains."""
         return count_parameters(self.model).model_copy(update={"trainable": self._trainable})
 
-    def add(self, stage: Stage, length: int, target_length: int | None) -> None:
+    def stage(self, stage: Stage, length: int, target_length: int | None) -> StageCost:
         """Go through one stage.
 
         Args:
@@ -131,45 +164,76 @@ class _ArmCosts:
         """
         match stage:
             case UpcycleStage() | UpcycleT5Stage():
-                self._upcycle(stage)
+                return self._upcycle(stage)
             case EvaluateStage():
                 flops = count_row_flops(self.model, length=length, target_length=target_length)
                 questions = self._num_questions[fingerprint(stage.to_mapping())]
-                self.all_flops += flops.total * _TOKENS_PER_QUESTION * questions
+                # Beside the weights about as much again is alive at a time: a batch and its logits.
+                memory = RUNTIME_BYTES + 2 * _model_bytes(count_parameters(self.model))
+                return self._cost(
+                    stage,
+                    count_parameters(self.model).model_copy(update={"trainable": 0}),
+                    memory,
+                    flops=flops.total * _TOKENS_PER_QUESTION * questions,
+                )
             case PretrainStage(shape=shape, tokenizer=tokenizer) if shape and tokenizer:
                 self._become(shape_config(shape, vocabulary_size=tokenizer.vocabulary_size))
-                self._train(stage.train)
+                return self._train(stage)
             case _:
-                self._train(stage.train)
+                return self._train(stage)
+
+    def _cost(
+        self,
+        stage: Stage,
+        parameters: ParameterCount,
+        memory_bytes: int,
+        *,
+        flops: float = 0.0,
+        **costs: int,
+    ) -> StageCost:
+        return StageCost(
+            label=stage.label,
+            kind=stage.stage,
+            parameters=parameters,
+            memory_bytes=memory_bytes,
+            flops=flops,
+            seconds=flops / (self._machine.flops_per_second * _EFFICIENCY),
+            **costs,
+        )
 
     def _become(self, config: PreTrainedConfig) -> None:
         self._config = config
         self._model = meta_model(config)
 
-    def _upcycle(self, stage: UpcycleStage | UpcycleT5Stage) -> None:
+    def _upcycle(self, stage: UpcycleStage | UpcycleT5Stage) -> StageCost:
         dense = self._config
         assert dense is not None
+        dense_bytes = _model_bytes(count_parameters(self.model))
         if isinstance(stage, UpcycleT5Stage):
             self._become(sparse_t5_config(dense, stage))
         else:
             self._become(sparse_config(dense, stage))
-        self.last = _model_bytes(count_parameters(self.model))
-        self.disk += self.last
+        counts = count_parameters(self.model).model_copy(update={"trainable": 0})
+        size = _model_bytes(counts)
+        return self._cost(stage, counts, RUNTIME_BYTES + dense_bytes + size, model_bytes=size)
 
-    def _train(self, train: TuneConfig) -> None:
+    def _train(self, stage: TuneStage | PretrainStage) -> StageCost:
+        train = stage.train
         size = tuning_size(self.model, train)
         flops = count_row_flops(self.model, length=train.length, target_length=train.target_length)
         self._trainable = size.parameters.trainable
         self.memory = max((self.memory, size.memory), key=lambda item: item.total if item else -1)
         planned = train.steps * train.rows_per_step * (train.length + (train.target_length or 0))
-        self.tokens += planned
-        spent = planned * (flops.training + _counting_flops(train, self.model, flops))
-        self.training_flops += spent
-        self.all_flops += spent
-        self.last = _model_bytes(size.parameters)
-        # A checkpoint holds the weights and what the optimizer keeps.
-        checkpoint = self.last + size.memory.optimizer
-        self.disk += self.last + _num_checkpoints(train) * checkpoint
+        model_bytes = _model_bytes(size.parameters) if leaves_model(stage) else 0
+        return self._cost(
+            stage,
+            size.parameters,
+            size.memory.total,
+            flops=planned * (flops.training + _counting_flops(train, self.model, flops)),
+            tokens=planned,
+            model_bytes=model_bytes,
+            checkpoint_bytes=_num_checkpoints(train) * size.checkpoint_bytes,
+        )
 
 
 def _counting_flops(train: TuneConfig, model: PreTrainedModel, flops: FlopCount) -> float:

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from flanmoe.core.config import Config
 from flanmoe.core.ledger import Ledger
+from flanmoe.moe.alerts import Alert
 
 
 def _none_unless_finite(value: Any) -> Any:
@@ -171,6 +172,24 @@ class Memory(Config):
         return self.estimate_total / self.measured - 1
 
 
+class TaskLoad(Config):
+    """Where the tokens of one task went.
+
+    Attributes:
+        task: name of the task.
+        tokens: its tokens that the layer that saw most of them saw.
+        shares: for each layer the share of its assignments that each expert got.
+        entropy_share: for each layer the entropy of that row as a share of the largest there is.
+        confidence: for each layer the mean largest router probability of its tokens.
+    """
+
+    task: str
+    tokens: int
+    shares: tuple[tuple[float, ...], ...]
+    entropy_share: tuple[float, ...]
+    confidence: tuple[float, ...]
+
+
 class ExpertLoadReport(Config):
     """How evenly the experts were used.
 
@@ -181,6 +200,8 @@ class ExpertLoadReport(Config):
         sides: for each layer of an encoder-decoder the side that it is on; empty for decoders.
         dropped_share: for each layer the choices that did not fit, over those that were asked for.
         unserved_share: for each layer the tokens that no expert took, over all.
+        tasks: where the tokens of single tasks went; of many tasks those with the most tokens.
+        num_tasks: how many tasks there were.
     """
 
     layers: tuple[int, ...]
@@ -189,6 +210,8 @@ class ExpertLoadReport(Config):
     sides: tuple[str, ...] = ()
     dropped_share: tuple[float, ...] = ()
     unserved_share: tuple[float, ...] = ()
+    tasks: tuple[TaskLoad, ...] = ()
+    num_tasks: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -222,6 +245,28 @@ class ExpertLoadReport(Config):
     def num_unused(self) -> int:
         """Experts that no token was sent to, over all layers."""
         return sum(share == 0 for row in self.shares for share in row)
+
+
+class RoutingCurvePoint(Config):
+    """How even the load was at one moment.
+
+    Attributes:
+        tokens: real tokens trained on so far.
+        worst, mean: entropy of the load as a share of the largest there is, of the most uneven layer and
+            as a mean over layers.
+    """
+
+    tokens: int
+    worst: float
+    mean: float
+
+
+class AlertReport(Config):
+    """An alert about routing, and the tuning that raised it."""
+
+    seed: int
+    stage: str
+    alert: Alert
 
 
 class RouterLosses(Config):
@@ -271,6 +316,8 @@ class ArmReport(Config):
         after: scores after tuning; over several seeds the mean over seeds.
         curves: training losses, one curve a seed through all its tunings.
         expert_load: use of experts during training, None for a dense model.
+        routing_curve: how even the load was in the course of the first seed's tunings.
+        alerts: what was wrong with the routing in any tuning of any seed.
         router_losses: None for a dense model.
         step0_max_abs_diff: largest logit difference between the sparse model before tuning and the dense
             model that it was made from; None for an arm that was not upcycled.
@@ -288,6 +335,8 @@ class ArmReport(Config):
     after: Evaluation | None = None
     curves: tuple[LossCurve, ...] = ()
     expert_load: ExpertLoadReport | None = None
+    routing_curve: tuple[RoutingCurvePoint, ...] = ()
+    alerts: tuple[AlertReport, ...] = ()
     router_losses: RouterLosses | None = None
     step0_max_abs_diff: float | None = None
 

@@ -17,7 +17,6 @@ from flanmoe.study.arm_report import (
     ClusterScore,
     CurvePoint,
     Evaluation,
-    ExpertLoadReport,
     LossCurve,
     Memory,
     PretrainingReport,
@@ -25,22 +24,21 @@ from flanmoe.study.arm_report import (
     Score,
     TaskScore,
 )
-from flanmoe.study.records import SeedResults
+from flanmoe.study.records import SeedResults, finished_results, unfinished
 from flanmoe.study.report_data import Comparison, Metric, ReportData
 from flanmoe.study.report_mixtures import data_report
 from flanmoe.study.report_notes import machines, notes, step0_difference, warnings
+from flanmoe.study.report_routing import alerts, expert_load, routing_curve
 from flanmoe.study.study import Study
 
 
 def collect(study: Study, run: RunDir) -> ReportData:
-    """Read a finished study's folder.
+    """Read what the arms and seeds of a study that have finished left; the others are named in the warnings.
 
     Raises:
-        RunError: if an arm is not finished.
+        RunError: if none has finished.
     """
-    arms = {
-        name: [SeedResults(run.path, name, seed) for seed in study.seeds] for name in study.arms
-    }
+    arms = finished_results(study, run)
     data = data_report(arms)
     reports = tuple(_arm_report(study, name, seeds) for name, seeds in arms.items())
     return ReportData(
@@ -50,11 +48,11 @@ def collect(study: Study, run: RunDir) -> ReportData:
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         versions=run.read_json("versions.json"),
         hardware=machines(arms)[0],
-        baseline=study.baseline_arm,
+        baseline=study.baseline_arm if study.baseline_arm in arms else "",
         arms=reports,
         data=data,
         comparisons=tuple(_comparisons(study, arms)),
-        warnings=tuple(warnings(arms)),
+        warnings=(*unfinished(run), *warnings(arms)),
         notes=tuple(notes(arms, data.mixtures)),
     )
 
@@ -65,7 +63,7 @@ def _arm_report(study: Study, name: str, seeds: Sequence[SeedResults]) -> ArmRep
     return ArmReport(
         label=name,
         description=", then ".join(stage.label for stage in study.arms[name].stages),
-        seeds=tuple(study.seeds),
+        seeds=tuple(seed.seed for seed in seeds),
         parameters=first.parameters,
         flops=first.flops,
         pretraining=_pretraining(first),
@@ -74,7 +72,9 @@ def _arm_report(study: Study, name: str, seeds: Sequence[SeedResults]) -> ArmRep
         before=_mean_evaluation([seed.before for seed in seeds]),
         after=_mean_evaluation([seed.after for seed in seeds]),
         curves=tuple(_curve(seed) for seed in seeds if seed.tunings),
-        expert_load=_expert_load(first.tuned) if first.tuned else None,
+        expert_load=expert_load(first.tuned) if first.tuned else None,
+        routing_curve=routing_curve(first),
+        alerts=alerts(seeds),
         router_losses=_router_losses(first.tuned) if first.tuned else None,
         step0_max_abs_diff=step0_difference(seeds),
     )
@@ -91,22 +91,6 @@ def _router_losses(tuned: TuneStageResult) -> RouterLosses | None:
         return None
     return RouterLosses(
         settings=tuned.training.router_settings, last=dict(tuned.training.router_last)
-    )
-
-
-def _expert_load(tuned: TuneStageResult) -> ExpertLoadReport | None:
-    load = tuned.training.expert_load
-    if load is None:
-        return None
-    drops = tuned.training.drops
-    sides = tuple(name.partition(".")[0] for name in load.names)
-    return ExpertLoadReport(
-        layers=tuple(load.layers),
-        shares=tuple(load.shares),
-        entropy_nats=tuple(load.entropy_nats),
-        sides=sides if set(sides) <= {"encoder", "decoder"} else (),
-        dropped_share=drops.dropped_share if drops else (),
-        unserved_share=drops.unserved_share if drops else (),
     )
 
 
@@ -228,11 +212,15 @@ def _mean_score(scores: Sequence[Score]) -> Any:
 
 def _comparisons(study: Study, arms: Mapping[str, Sequence[SeedResults]]) -> list[Comparison]:
     found: list[Comparison] = []
-    for number, seed in enumerate(study.seeds):
+    for seed in study.seeds:
         shown = seed if len(study.seeds) > 1 else None
-        baseline = arms[study.baseline_arm][number].after
-        for name, results in arms.items():
-            after, before = results[number].after, results[number].before
+        finished = {
+            name: one for name, results in arms.items() for one in results if one.seed == seed
+        }
+        reference = finished.get(study.baseline_arm)
+        baseline = reference.after if reference else None
+        for name, result in finished.items():
+            after, before = result.after, result.before
             draws = SeedTree(seed).child("comparison").child(name)
             if after and baseline and name != study.baseline_arm:
                 pair = _Pair(name, study.baseline_arm, "arms", shown)

@@ -1,84 +1,113 @@
-"""Where the jobs of a study run: one seam, so that a process pool or a cluster can take its place.
+"""Where the stages of a study run: one seam behind which a process pool or a cluster stands.
 
-The local executor gives every job a process of its own. That keeps the peak memory of one arm apart from
-the other's, and keeps what libraries print away from our stdout.
+What is handed over is a leg: stages that one process runs one after the other, so that a chain loads torch
+once and hands its model on in memory. Every executor runs a leg in a process of its own, which keeps its peak
+memory apart from the others' and what libraries print away from our stdout.
 """
 
 import os
-import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from flanmoe.core.console import say
-from flanmoe.core.errors import ConfigError, DiskError
-from flanmoe.core.memory import peak_memory_bytes, peak_memory_of_children_bytes
-from flanmoe.core.rundir import RunDir
-from flanmoe.study.child import Errand, ask
+from flanmoe.core.cores import usable_cores
+from flanmoe.core.errors import ConfigError
+from flanmoe.study.child import Errand
+from flanmoe.study.nodes import Branch
 
-RESULT_FILE = "result.json"
 COSTS_FILE = "seconds.jsonl"
+_THREADS_VARIABLE = "OMP_NUM_THREADS"
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """One arm with one seed.
+class Leg:
+    """Stages that one process runs, in order.
 
     Attributes:
-        study_dir: folder of the study; its `recipe.yaml` says what to do.
-        arm: name of the arm.
-        seed: the seed.
+        study_dir: folder of the study.
+        stages: names of the stages' folders.
+        models_needed: those of them whose model a later stage takes: they run again where it has been removed.
         data_dir: data folder, None where none was named.
+        branch: the arm and seed that it runs for, first of all.
+        memory_bytes: planned peak of its process.
+        environment: variables that its process has beside ours; None takes one away.
     """
 
     study_dir: Path
-    arm: str
-    seed: int
+    stages: tuple[str, ...]
+    models_needed: tuple[str, ...]
     data_dir: Path | None
-
-    @property
-    def folder(self) -> Path:
-        """The folder that this job writes."""
-        return self.study_dir / "arms" / self.arm / f"seed-{self.seed}"
+    branch: Branch
+    memory_bytes: int
+    environment: Mapping[str, str | None]
 
 
 class Executor(Protocol):
-    """Runs jobs. A job leaves its results in its folder; failures are raised."""
+    """Runs legs. A stage leaves its result in its folder, which every process of a study sees.
 
-    def run(self, job: Job) -> None:
-        """Run one job to its end.
+    Attributes:
+        workers: how many legs run at a time, at most.
+        remote: whether legs run where the memory is not this machine's.
+    """
 
-        Raises:
-            FlanmoeError: what the job raised, with its exit status.
+    @property
+    def workers(self) -> int:
+        """How many legs run at a time, at most."""
+        ...
+
+    @property
+    def remote(self) -> bool:
+        """Whether legs run where the memory is not this machine's."""
+        ...
+
+    def start(self, leg: Leg) -> "Future[None]":
+        """Start a leg. It ends with its last stage, or before one that another process runs.
+
+        The future raises what a stage raised, as a `FlanmoeError` with its exit status.
         """
         ...
 
+    def interrupt(self) -> None:
+        """Pass a Ctrl-C on to the legs that run; those that end by it raise `Interrupted`."""
+        ...
 
-class LocalExecutor:
-    """One child process a job, one after the other."""
+    def close(self) -> None:
+        """Let go of what was held for running legs; called once none runs any more."""
+        ...
 
-    def run(self, job: Job) -> None:
-        """Start the worker, pass Ctrl-C on to it once, and raise what it raised."""
-        values = {
-            "study_dir": str(job.study_dir),
-            "arm": job.arm,
-            "seed": job.seed,
-            "data_dir": str(job.data_dir) if job.data_dir else None,
-        }
-        ask(
-            Errand(
-                "run_job",
-                values,
-                name=f"Arm `{job.arm}` (seed {job.seed})",
-                way_out=(
-                    "If the system ran out of memory, lower `length`; then go on with "
-                    f"`--resume --out {job.study_dir}`."
-                ),
-                traceback_file=job.folder / "traceback.txt",
-            )
-        )
+
+def errand(leg: Leg) -> Errand:
+    """Return what a child process is sent to do for a leg."""
+    values = {
+        "study_dir": str(leg.study_dir),
+        "stages": list(leg.stages),
+        "models_needed": list(leg.models_needed),
+        "data_dir": str(leg.data_dir) if leg.data_dir else None,
+    }
+    return Errand(
+        "run_leg",
+        values,
+        name=leg.branch.name,
+        way_out=(
+            "If the system ran out of memory, lower `length`; then go on with "
+            f"`--resume --out {leg.study_dir}`."
+        ),
+        traceback_file=leg.branch.folder(leg.study_dir) / "traceback.txt",
+        environment=leg.environment,
+    )
+
+
+def threads_of(workers: int) -> dict[str, str | None]:
+    """Return the variable that says how many threads a leg's process has: the same on every executor.
+
+    With one worker as many as without us; several share the cores out.
+    """
+    given = os.environ.get(_THREADS_VARIABLE)
+    if given is None and workers > 1:
+        given = str(max(1, usable_cores() // workers))
+    return {_THREADS_VARIABLE: given}
 
 
 def require_one_process() -> None:
@@ -95,40 +124,3 @@ def require_one_process() -> None:
             f"A study runs in 1 process, but torchrun started {found}. Run it without torchrun, or "
             "tune in several processes from Python (`docs/guide/distributed.md`)."
         )
-
-
-def run_jobs(run: RunDir, jobs: Sequence[Job], executor: Executor) -> None:
-    """Run the jobs that are not finished yet, and note in the study's folder what that took.
-
-    Raises:
-        FlanmoeError: what a job raised; finished jobs are kept.
-    """
-    with _costs_noted(run):
-        for job in jobs:
-            if RunDir(job.folder).has(RESULT_FILE):
-                say(f"Arm {job.arm}, seed {job.seed}: finished before.")
-                continue
-            say(f"Arm {job.arm}, seed {job.seed}")
-            executor.run(job)
-
-
-@contextmanager
-def _costs_noted(run: RunDir) -> Generator[None]:
-    start = time.monotonic()
-
-    def note() -> None:
-        row = {
-            "seconds": time.monotonic() - start,
-            "peak_memory_bytes": peak_memory_bytes(),
-            "peak_memory_of_children_bytes": peak_memory_of_children_bytes(),
-        }
-        run.log(COSTS_FILE, row)
-
-    try:
-        yield
-    except BaseException:
-        # What stopped the jobs is what the user must hear, not that a full disk cannot take this too.
-        with suppress(DiskError):
-            note()
-        raise
-    note()

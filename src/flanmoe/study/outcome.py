@@ -1,5 +1,6 @@
 """What came out of a run: its report, and the summary that `--json` prints."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,19 @@ from flanmoe.core.rundir import RunDir
 from flanmoe.study.arm_report import ArmReport, Evaluation, Score
 from flanmoe.study.collect import collect
 from flanmoe.study.executor import COSTS_FILE
-from flanmoe.study.records import SeedResults
+from flanmoe.study.records import SeedResults, finished_results, unfinished
 from flanmoe.study.report import summary_table, write_report
 from flanmoe.study.report_data import ReportData
 from flanmoe.study.study import Study
 
 
 def rebuild_report(folder: Path | str) -> dict[str, Any]:
-    """Write the report of a finished run, for the first time or again; returns what `--json` prints.
+    """Write the report of a run, for the first time or again; returns what `--json` prints.
+
+    It covers the arms and seeds that have finished, and lists the others.
 
     Raises:
-        RunError: if `folder` is not a run's, or an arm is not finished.
+        RunError: if `folder` is not a run's, or no arm is finished.
     """
     run = RunDir.existing(Path(folder))
     study = Study.parse(read_yaml(run.file("recipe.yaml")), origin="recipe.yaml")
@@ -28,11 +31,21 @@ def rebuild_report(folder: Path | str) -> dict[str, Any]:
     show_table(summary_table(data))
     for sentence in data.warnings:
         warn(sentence)
+    results = finished_results(study, run)
+    models = {arm: seeds[0].final_model for arm, seeds in results.items()}
+    for arm, model in models.items():
+        say(f"Model of {arm}: {model}")
     say(f"Report: {paths.html}")
-    return _summary(study, run, data) | {"report": str(paths.html)}
+    return _summary(study, run, data, results) | {
+        "models": models,
+        "unfinished": unfinished(run),
+        "report": str(paths.html),
+    }
 
 
-def _summary(study: Study, run: RunDir, data: ReportData) -> dict[str, Any]:
+def _summary(
+    study: Study, run: RunDir, data: ReportData, results: Mapping[str, Sequence[SeedResults]]
+) -> dict[str, Any]:
     differences = [
         arm.step0_max_abs_diff for arm in data.arms if arm.step0_max_abs_diff is not None
     ]
@@ -45,7 +58,7 @@ def _summary(study: Study, run: RunDir, data: ReportData) -> dict[str, Any]:
         "parameters": {arm.label: arm.parameters.to_mapping() for arm in data.arms},
         "tokens": max(arm.ledger.real_tokens for arm in data.arms),
         "seconds": sum(row["seconds"] for row in run.rows(COSTS_FILE)),
-        "peak_memory_bytes": _peak_memory(study, run),
+        "peak_memory_bytes": _peak_memory(run, results),
         "expert_load": [list(row) for row in loads[0].shares] if loads else None,
         "comparisons": [item.to_mapping() | {"verdict": item.verdict} for item in data.comparisons],
     }
@@ -82,14 +95,17 @@ def _score_summary(name: str, score: Score) -> dict[str, Any]:
     return found if score.chance is None else {**found, f"{name}_chance": score.chance}
 
 
-def _peak_memory(study: Study, run: RunDir) -> int:
-    """The most that the parent and one of its children can have held at a time."""
+def _peak_memory(run: RunDir, results: Mapping[str, Sequence[SeedResults]]) -> int:
+    """The most that the command and the children that it had at a time can have held."""
     rows = run.rows(COSTS_FILE)
-    stages = [
-        stage["peak_memory_bytes"]
-        for arm, seed in study.jobs
-        for stage in SeedResults(run.path, arm, seed).stages
-    ]
+    stages = {
+        name: stage["peak_memory_bytes"]
+        for seeds in results.values()
+        for seed in seeds
+        for name, stage in zip(seed.nodes, seed.stages, strict=True)
+    }
+    workers = max((row["workers"] for row in rows), default=1)
+    largest = sorted([*stages.values()], reverse=True)[:workers]
     children = [row["peak_memory_of_children_bytes"] for row in rows]
     parents = [row["peak_memory_bytes"] for row in rows]
-    return max([*stages, *children]) + max(parents, default=0)
+    return max(sum(largest), *children) + max(parents, default=0)

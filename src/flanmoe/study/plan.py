@@ -1,5 +1,6 @@
-"""What a study will cost: parameters, memory, FLOPs, tokens, time and disk of every arm, nothing run.
+"""What a study will cost: parameters, memory, FLOPs, tokens, time and disk, nothing run.
 
+Of every stage as it runs, once for all arms that need it, and of every arm as if it ran alone.
 Models are built on the meta device, so a plan needs the configuration of a model and not its weights.
 """
 
@@ -15,7 +16,18 @@ from flanmoe.data.mixture import Mixture
 from flanmoe.evaluation.suites import load_evaluation, warn_of_skipped
 from flanmoe.stages.recipe import EvaluateStage, PretrainStage, TuneStage
 from flanmoe.study.arm_plan import ArmPlan, plan_arm
+from flanmoe.study.graph import build_graph
+from flanmoe.study.graph_plan import (
+    GraphTotal,
+    StagePlan,
+    graph_table,
+    graph_total,
+    stage_costs,
+    stage_plans,
+    with_costs,
+)
 from flanmoe.study.machine import Machine, this_machine
+from flanmoe.study.nodes import StageGraph
 from flanmoe.study.report_text import duration
 from flanmoe.study.report_text import short as short_text
 from flanmoe.study.report_text import size as size_text
@@ -29,7 +41,9 @@ class StudyPlan(Config):
         study: its name.
         baseline: the arm that the others are compared with.
         seeds: how many times each arm runs.
-        arms: name to plan of one seed.
+        arms: name to plan of one seed, as if it ran alone.
+        stages: what runs, in order: stages that several arms need are one.
+        total: all stages together.
         machine: what was measured of this machine.
         refusals: one sentence for each thing that will not fit.
     """
@@ -38,6 +52,8 @@ class StudyPlan(Config):
     baseline: str
     seeds: int
     arms: dict[str, ArmPlan]
+    stages: tuple[StagePlan, ...]
+    total: GraphTotal
     machine: Machine
     refusals: tuple[str, ...]
 
@@ -56,7 +72,56 @@ def plan_study(study: Study, data_dir: Path | None, *, folder: Path | None = Non
         DataError: if a task is not known or cannot be read.
     """
     num_questions = _read_data(study, data_dir)
-    precision = next(
+    graph = build_graph(study, data_dir)
+    return _planned(study, graph, num_questions, folder=folder, workers=1)[0]
+
+
+def plan_graph(
+    study: Study, graph: StageGraph, data_dir: Path | None, *, folder: Path, workers: int
+) -> tuple[StudyPlan, StageGraph]:
+    """Plan a study whose graph is at hand, and return the graph with what each stage takes.
+
+    Args:
+        study: the study.
+        graph: its stages.
+        data_dir: data folder, None where none was named.
+        folder: where the study writes.
+        workers: how many stages run at a time.
+
+    Raises:
+        UserError: see `plan_study`.
+    """
+    return _planned(study, graph, _read_data(study, data_dir), folder=folder, workers=workers)
+
+
+def _planned(
+    study: Study,
+    graph: StageGraph,
+    num_questions: dict[str, int],
+    *,
+    folder: Path | None,
+    workers: int,
+) -> tuple[StudyPlan, StageGraph]:
+    machine = this_machine(folder or Path.cwd(), precision=_precision(study))
+    planned = {name: plan_arm(arm, machine, num_questions) for name, arm in study.arms.items()}
+    arms = {name: plan for name, (plan, _) in planned.items()}
+    costs = stage_costs(graph, {name: stages for name, (_, stages) in planned.items()})
+    total = graph_total(graph, costs, workers=workers)
+    plan = StudyPlan(
+        study=study.name,
+        baseline=study.baseline_arm,
+        seeds=len(study.seeds),
+        arms=arms,
+        stages=stage_plans(graph, costs),
+        total=total,
+        machine=machine,
+        refusals=tuple(refusals(arms, machine, disk_bytes=total.disk_bytes)),
+    )
+    return plan, with_costs(graph, costs)
+
+
+def _precision(study: Study) -> str:
+    return next(
         (
             stage.train.precision
             for arm in study.arms.values()
@@ -64,16 +129,6 @@ def plan_study(study: Study, data_dir: Path | None, *, folder: Path | None = Non
             if isinstance(stage, TuneStage | PretrainStage)
         ),
         "bfloat16",
-    )
-    machine = this_machine(folder or Path.cwd(), precision=precision)
-    arms = {name: plan_arm(arm, machine, num_questions) for name, arm in study.arms.items()}
-    return StudyPlan(
-        study=study.name,
-        baseline=study.baseline_arm,
-        seeds=len(study.seeds),
-        arms=arms,
-        machine=machine,
-        refusals=tuple(refusals(arms, machine, seeds=len(study.seeds))),
     )
 
 
@@ -104,8 +159,14 @@ def _read_data(study: Study, data_dir: Path | None) -> dict[str, int]:
     return num_questions
 
 
-def refusals(arms: dict[str, ArmPlan], machine: Machine, *, seeds: int) -> list[str]:
-    """Return one sentence for each thing that will not fit on a machine."""
+def refusals(arms: dict[str, ArmPlan], machine: Machine, *, disk_bytes: int) -> list[str]:
+    """Return one sentence for each thing that will not fit on a machine.
+
+    Args:
+        arms: the arms.
+        machine: the machine.
+        disk_bytes: the most that the study takes at one time.
+    """
     found: list[str] = []
     for name, arm in arms.items():
         if arm.memory is not None and arm.memory.total > machine.memory_bytes:
@@ -113,12 +174,9 @@ def refusals(arms: dict[str, ArmPlan], machine: Machine, *, seeds: int) -> list[
                 f"Arm `{name}` needs about {size_text(arm.memory.total)} of memory, but "
                 f"{size_text(machine.memory_bytes)} are free; lower `train.length` or take a smaller model."
             )
-    # Arms run one after the other, and each leaves its last model behind.
-    kept = seeds * sum(arm.kept_bytes for arm in arms.values())
-    needed = kept + max(arm.disk_bytes - arm.kept_bytes for arm in arms.values())
-    if needed > machine.disk_bytes:
+    if disk_bytes > machine.disk_bytes:
         found.append(
-            f"The arms need about {size_text(needed)} of disk, but {size_text(machine.disk_bytes)} are "
+            f"The arms need about {size_text(disk_bytes)} of disk, but {size_text(machine.disk_bytes)} are "
             "free; name a folder on another disk with `--out`."
         )
     return found
@@ -129,9 +187,14 @@ def _against(arm: ArmPlan, plan: StudyPlan) -> str:
     return f"{100 * (arm.flops_per_token.total / base - 1):+.1f} %"
 
 
-def plan_table(plan: StudyPlan) -> Table:
-    """Return a table of a plan, one column an arm."""
-    table = Table(title=f"Plan of {plan.study} ({plan.seeds} seed{'s' if plan.seeds > 1 else ''})")
+def plan_tables(plan: StudyPlan) -> tuple[Table, Table]:
+    """Return the tables of a plan: one column an arm, and one row a stage as it runs."""
+    return _arm_table(plan), graph_table(plan.stages, plan.total, len(plan.arms))
+
+
+def _arm_table(plan: StudyPlan) -> Table:
+    seeds = f"{plan.seeds} seed{'s' if plan.seeds > 1 else ''}"
+    table = Table(title=f"Plan of {plan.study} ({seeds}), each arm alone with one of them")
     table.add_column("")
     for name in plan.arms:
         table.add_column(name, justify="right")

@@ -12,9 +12,11 @@ import yaml
 
 from flanmoe.core.console import show_table
 from flanmoe.core.errors import UserError
-from flanmoe.core.rundir import RunDir
 from flanmoe.data.tasks import TaskConfig, expand
-from flanmoe.study.plan import plan_study, plan_table
+from flanmoe.study.folder import open_study
+from flanmoe.study.graph import build_graph
+from flanmoe.study.nodes import GRAPH_FILE, StageGraph
+from flanmoe.study.plan import plan_graph, plan_tables
 from flanmoe.study.study import Study, load_study, study_from_mapping
 
 _DEFAULT_MINUTES = 15.0
@@ -52,39 +54,55 @@ def prepare(
     folder: str | None,
     data_dir: str | None,
     resume: bool,
+    workers: int,
 ) -> dict[str, Any]:
     """Read a recipe or a study, plan it and make its folder; see `launch.run_file` for the arguments.
 
     Returns:
-        `folder`, and in `jobs` arm and seed of every job.
+        `folder`, the study's.
 
     Raises:
         UserError: if an arm does not fit this machine, or something asked for cannot be done.
     """
     study = load_study(Path(file), overrides=overrides, profile=profile)
-    return _prepare(study, folder, data_dir=data_dir, resume=resume)
+    return _prepare(study, folder, data_dir=data_dir, resume=resume, workers=workers)
 
 
 def prepare_quickstart(
-    *, minutes: float, overrides: Sequence[str], folder: str | None, resume: bool
+    *, minutes: float, overrides: Sequence[str], folder: str | None, resume: bool, workers: int
 ) -> dict[str, Any]:
     """Plan the quickstart's study and make its folder; see `prepare`."""
     study = quickstart_study(minutes=minutes, overrides=overrides)
-    return _prepare(study, folder, data_dir=None, resume=resume)
+    return _prepare(study, folder, data_dir=None, resume=resume, workers=workers)
 
 
 def _prepare(
-    study: Study, folder: str | None, *, data_dir: str | None, resume: bool
+    study: Study, folder: str | None, *, data_dir: str | None, resume: bool, workers: int
 ) -> dict[str, Any]:
     path = Path(folder) if folder else Path("runs") / study.name
-    if not resume:
-        _check_plan(study, Path(data_dir) if data_dir else None, path)
-    run = RunDir.open(path, study, resume=resume)
-    return {"folder": str(run.path), "jobs": [[arm, seed] for arm, seed in study.jobs]}
+    data = Path(data_dir) if data_dir else None
+    graph = build_graph(study, data)
+    graph = _planned_before(graph, path) or _planned(study, graph, data, path, workers)
+    run = open_study(path, study, graph, resume=resume)
+    return {"folder": str(run.path)}
 
 
-def _check_plan(study: Study, data_dir: Path | None, folder: Path) -> None:
-    planned = plan_study(study, data_dir, folder=folder)
-    show_table(plan_table(planned))
+def _planned_before(graph: StageGraph, path: Path) -> StageGraph | None:
+    """Return the graph with what its stages were planned to take; None if one has not been planned yet."""
+    if not (path / GRAPH_FILE).is_file():
+        return None
+    known = {key: node for key, node in StageGraph.read(path).nodes.items() if node.memory_bytes}
+    if not graph.nodes.keys() <= known.keys():
+        return None
+    return StageGraph({key: known[key] for key in graph.nodes}, graph.branches)
+
+
+def _planned(
+    study: Study, graph: StageGraph, data_dir: Path | None, folder: Path, workers: int
+) -> StageGraph:
+    planned, graph = plan_graph(study, graph, data_dir, folder=folder, workers=workers)
+    for table in plan_tables(planned):
+        show_table(table)
     if planned.refusal:
         raise UserError(planned.refusal)
+    return graph

@@ -1,9 +1,11 @@
-"""What the stages of one arm and seed left on disk, read back."""
+"""What the stages of one arm and seed left on disk, read back, and which arms have yet to finish."""
 
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from flanmoe.core.errors import RunError
+from flanmoe.core.files import read_json_file
 from flanmoe.core.rundir import RunDir
 from flanmoe.evaluation.results import SuiteResult, read_result
 from flanmoe.models.flops import FlopCount
@@ -12,8 +14,17 @@ from flanmoe.stages.pretrain import PretrainStageResult
 from flanmoe.stages.tune import TuneStageResult
 from flanmoe.stages.upcycle import UpcycleResult
 from flanmoe.study.arm_report import Flops, Parameters
-from flanmoe.study.executor import RESULT_FILE, Job
+from flanmoe.study.nodes import (
+    FAILURE_FILE,
+    GRAPH_FILE,
+    RESULT_FILE,
+    STAGES_FOLDER,
+    Branch,
+    StageGraph,
+    is_finished,
+)
 from flanmoe.study.report_data import Hardware
+from flanmoe.study.study import Study
 
 
 class SeedResults:
@@ -21,10 +32,12 @@ class SeedResults:
 
     def __init__(self, study_dir: Path, arm: str, seed: int) -> None:
         self.seed = seed
-        self._folder = RunDir(Job(study_dir, arm, seed, None).folder)
-        result = self._folder.read_json(RESULT_FILE)
+        self._study_dir = study_dir
+        result = RunDir(Branch(arm, seed, ()).folder(study_dir)).read_json(RESULT_FILE)
+        self.nodes: list[str] = result["nodes"]
+        self.final_model: str = result["final_model"]
         self.stages: list[dict[str, Any]] = result["stages"]
-        self.hardware = Hardware.parse(result["hardware"])
+        self.machines = [Hardware.parse(stage["hardware"]) for stage in self.stages]
         self._model: dict[str, Any] = result["model"]
 
     def _of_kind(self, kind: str) -> list[tuple[int, dict[str, Any]]]:
@@ -122,5 +135,65 @@ class SeedResults:
         return next((place for place, _ in self._of_kind("tune")), len(self.stages))
 
     def _evaluation(self, place: int) -> SuiteResult:
-        label = self.stages[place]["label"]
-        return read_result(self._folder.child(f"{place:02d}-{label}").path)
+        return read_result(self._study_dir / STAGES_FOLDER / self.nodes[place])
+
+
+def finished_results(study: Study, run: RunDir) -> dict[str, list[SeedResults]]:
+    """Read the results of every arm and seed that has finished; arms without any are left out.
+
+    Raises:
+        RunError: if none has.
+    """
+    graph = _graph(run)
+    found: dict[str, list[SeedResults]] = {}
+    for arm in study.arms:
+        branches = [branch for branch in graph.branches if branch.arm == arm]
+        done = [branch.seed for branch in branches if _has_finished(run, graph, branch)]
+        if done:
+            found[arm] = [SeedResults(run.path, arm, seed) for seed in done]
+    if not found:
+        raise RunError(
+            f"A report needs an arm that has finished, but in {run.path} none has. Finish the run first "
+            "(`--resume`)."
+        )
+    return found
+
+
+def unfinished(run: RunDir) -> list[str]:
+    """Say of every arm and seed that has not finished where it stands, and why if something failed."""
+    graph = _graph(run)
+    return [
+        _standing(run, graph, branch)
+        for branch in graph.branches
+        if not _has_finished(run, graph, branch)
+    ]
+
+
+def _graph(run: RunDir) -> StageGraph:
+    if not run.has(GRAPH_FILE):
+        raise RunError(
+            f"The run folder {run.path} has no {GRAPH_FILE}. Finish the run first (`--resume`)."
+        )
+    return StageGraph.read(run.path)
+
+
+def _has_finished(run: RunDir, graph: StageGraph, branch: Branch) -> bool:
+    path = branch.folder(run.path) / RESULT_FILE
+    names = [graph.nodes[key].folder_name for key in branch.stages]
+    # A result of before the study changed has other stages.
+    return path.exists() and read_json_file(path)["nodes"] == names
+
+
+def _standing(run: RunDir, graph: StageGraph, branch: Branch) -> str:
+    open_keys = [
+        key
+        for key in branch.stages
+        if not is_finished(graph.folder(run.path, key), model_needed=False)
+    ]
+    failed = [key for key in open_keys if (graph.folder(run.path, key) / FAILURE_FILE).exists()]
+    said = f"{branch.name} is not finished and not in this report"
+    if failed:
+        failure: Any = read_json_file(graph.folder(run.path, failed[0]) / FAILURE_FILE)
+        return f"{said}: its stage `{graph.nodes[failed[0]].label}` failed: {failure['message']}"
+    done = len(branch.stages) - len(open_keys)
+    return f"{said}: {done} of its {len(branch.stages)} stages are done."

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from flanmoe.data.packing import PackingReport, merged
 from flanmoe.study.records import SeedResults
 from flanmoe.study.report_data import Hardware, MixtureData
+from flanmoe.study.report_routing import alert_sentences, alerts
 from flanmoe.study.report_text import listed
 
 
@@ -58,11 +59,12 @@ def step0_difference(seeds: Sequence[SeedResults]) -> float | None:
 
 
 def machines(arms: Mapping[str, Sequence[SeedResults]]) -> list[Hardware]:
-    """The machines that finished the jobs, in order."""
+    """The machines that stages ran on, in order."""
+    every = (seed for seeds in arms.values() for seed in seeds)
     found: list[Hardware] = []
-    for seed in (seed for seeds in arms.values() for seed in seeds):
-        if seed.hardware not in found:
-            found.append(seed.hardware)
+    for machine in (machine for seed in every for machine in seed.machines):
+        if machine not in found:
+            found.append(machine)
     return found
 
 
@@ -81,6 +83,8 @@ def warnings(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:
     ]
     sentences += _overlap_warnings(arms)
     sentences += _packing_warnings(arms)
+    for name, seeds in arms.items():
+        sentences += alert_sentences(name, alerts(seeds))
     for name, seeds in arms.items():
         result = seeds[0].last
         if result is not None and result.num_truncated:

@@ -1,16 +1,16 @@
-"""Running a study: every arm with every seed, stage after stage, resumable at every one.
+"""Running a study from Python, and one stage of it in this process.
 
-A stage that finished has a `result.json` whose fingerprint covers its own configuration and that of all
-stages before it. On `--resume` such stages are not run again, and what arms have in common runs once
-(`shared_stages`).
+What a stage is stands in its folder (`node.json`); its `result.json` is written last, so that a stage with a
+result is finished and is not run again.
 """
 
 import time
 from pathlib import Path
 from typing import Any
 
-from flanmoe.core.config import Config, read_yaml
+from flanmoe.core.config import Config
 from flanmoe.core.console import say
+from flanmoe.core.files import read_json_file
 from flanmoe.core.memory import peak_memory_bytes, reset_peak_memory
 from flanmoe.core.rundir import RunDir
 from flanmoe.core.seeds import SeedTree
@@ -29,13 +29,16 @@ from flanmoe.stages.recipe import (
     TuneStage,
     UpcycleStage,
     UpcycleT5Stage,
-    stated_lengths,
 )
 from flanmoe.stages.tune import run_tune
 from flanmoe.stages.upcycle import run_upcycle
-from flanmoe.study.executor import RESULT_FILE, Executor, Job, require_one_process, run_jobs
+from flanmoe.study.executor import Executor, require_one_process
+from flanmoe.study.folder import open_study
+from flanmoe.study.graph import build_graph
 from flanmoe.study.machine import hardware
-from flanmoe.study.shared_stages import fingerprints, forget_intermediate_models, take_over
+from flanmoe.study.nodes import MODEL_FOLDER, NODE_FILE, RESULT_FILE
+from flanmoe.study.plan import plan_graph
+from flanmoe.study.schedule import run_graph
 from flanmoe.study.study import Study
 from flanmoe.training.checkpoints import remove_checkpoints
 
@@ -43,93 +46,88 @@ from flanmoe.training.checkpoints import remove_checkpoints
 def run_study(
     study: Study, folder: Path, *, executor: Executor, data_dir: Path | None, resume: bool
 ) -> RunDir:
-    """Run every arm with every seed that is not finished yet; returns the study's folder.
+    """Run every stage of every arm with every seed that is not finished yet; returns the study's folder.
 
     Raises:
         ConfigError: if torchrun started several processes.
         RunError: if the folder holds something else, or `resume` finds nothing to resume.
-        FlanmoeError: what a job raised; finished jobs are kept.
+        FlanmoeError: what a stage raised; finished stages are kept, and arms that do not need it are run.
     """
     require_one_process()
-    run = RunDir.open(folder, study, resume=resume)
-    run_jobs(run, [Job(folder, arm, seed, data_dir) for arm, seed in study.jobs], executor)
+    graph = build_graph(study, data_dir)
+    if executor.workers > 1:
+        # Which run together depends on the memory that they are planned to take.
+        _, graph = plan_graph(study, graph, data_dir, folder=folder, workers=executor.workers)
+    run = open_study(folder, study, graph, resume=resume)
+    run_graph(run, executor, data_dir=data_dir).raise_if_stopped()
     return run
 
 
-def run_job(*, study_dir: str, arm: str, seed: int, data_dir: str | None) -> None:
-    """Run one job in this process, which `LocalExecutor` started for it."""
-    run_arm(Job(Path(study_dir), arm, seed, Path(data_dir) if data_dir else None))
+class _OneStage(Config):
+    """The settings of a stage as they lie in its folder."""
+
+    settings: Stage
 
 
-def run_arm(job: Job) -> None:
-    """Run one arm with one seed in this process."""
-    study = Study.parse(read_yaml(job.study_dir / "recipe.yaml"), origin="recipe.yaml")
-    recipe = study.recipe(job.arm, job.seed)
-    folder = RunDir(job.folder)
-    start = time.monotonic()
-    # Shared by all arms of this seed, so that dense and sparse see the same batches.
-    seeds = SeedTree(job.seed)
-    # Shared by all seeds too: their mean is over the luck of training, on the same questions.
-    questions = SeedTree(study.seeds[0])
-    held = HeldModel(recipe.model)
-    results: list[dict[str, Any]] = []
-    for number, (stage, finished) in enumerate(
-        zip(recipe.stages, fingerprints(recipe), strict=True)
-    ):
-        run = folder.child(f"{number:02d}-{stage.label}")
-        context = StageContext(run, seeds, questions, job.data_dir)
-        if run.has(RESULT_FILE):
-            say(f"  {stage.label}: finished before")
-        elif arm := take_over(job, finished, run):
-            say(f"  {stage.label}: taken over from arm {arm}")
-        held, result = _run_or_skip(stage, held, context, finished)
-        results.append(result)
-    result = {
-        "seconds": time.monotonic() - start,
-        "hardware": hardware().to_mapping(),
-        "model": _size(held, stated_lengths(recipe.stages)),
-        "stages": results,
-    }
-    folder.write_json(RESULT_FILE, result)
-    forget_intermediate_models(study, job)
+def run_stage(folder: Path, held: HeldModel | None, data_dir: Path | None) -> HeldModel:
+    """Run the stage in a folder below `stages/` in this process, which holds its lock.
 
+    Args:
+        folder: of the stage.
+        held: what the stage before it in this process returned, None for none. It is used where it is the model
+            that the stage takes.
+        data_dir: data folder, None where none was named.
 
-def _size(held: HeldModel, lengths: tuple[int, int | None]) -> dict[str, Any]:
-    """Parameters and FLOPs of the model that an arm ends with, from its configuration."""
-    model = meta_model(load_config(held.reference))
-    return {
-        "parameters": count_parameters(model).to_mapping(),
-        "flops": count_row_flops(model, length=lengths[0], target_length=lengths[1]).to_mapping(),
-    }
-
-
-def _run_or_skip(
-    stage: Stage, held: HeldModel, context: StageContext, finished: str
-) -> tuple[HeldModel, dict[str, Any]]:
-    if context.run.has(RESULT_FILE):
-        result = context.run.read_json(RESULT_FILE)
-        if result["fingerprint"] == finished:
-            remove_checkpoints(context.run.path)
-            return (HeldModel(result["model"]) if result["changed_model"] else held), result
+    Returns:
+        The model that the stage left or scored.
+    """
+    node: dict[str, Any] = read_json_file(folder / NODE_FILE)
+    stage = _OneStage.parse({"settings": node["settings"]}, origin=str(folder)).settings
+    run = RunDir(folder)
+    run.file(RESULT_FILE).unlink(missing_ok=True)
+    held = _taken(node, folder.parent, held)
+    # All arms of a seed share the tree of draws, so that dense and sparse see the same batches; a score's seed
+    # is that of the questions, the same for all seeds: their mean is over the luck of training.
+    seeds = SeedTree(node["seed"])
     say(f"  {stage.label}")
     peak_is_own = reset_peak_memory()
     start = time.monotonic()
-    successor, details = _run_stage(stage, held, context)
+    successor, details = _run_stage(stage, held, StageContext(run, seeds, seeds, data_dir))
     result = {
         "stage": stage.stage,
         "label": stage.label,
-        "fingerprint": finished,
+        "key": node["key"],
         "model": successor.reference,
         "changed_model": successor is not held,
         "seconds": time.monotonic() - start,
         "peak_memory_bytes": peak_memory_bytes(),
         "peak_memory_is_of_this_stage": peak_is_own,
+        "hardware": hardware().to_mapping(),
+        "size": _size(successor, (node["lengths"][0], node["lengths"][1])),
         "details": details.to_mapping(),
     }
-    context.run.write_json(RESULT_FILE, result)
+    run.write_json(RESULT_FILE, result)
     # Only now: a run that is killed before goes on from them.
-    remove_checkpoints(context.run.path)
-    return successor, result
+    remove_checkpoints(run.path)
+    return successor
+
+
+def _taken(node: dict[str, Any], stages: Path, held: HeldModel | None) -> HeldModel:
+    """Return the model that a stage takes: the one in hand if it is that, else what lies on disk."""
+    parent = node["parent_folder"]
+    reference = node["model"] if parent is None else str(stages / parent / MODEL_FOLDER)
+    if reference is None:
+        return HeldModel(None)
+    return held if held is not None and held.reference == reference else HeldModel(reference)
+
+
+def _size(held: HeldModel, lengths: tuple[int, int | None]) -> dict[str, Any]:
+    """Parameters and FLOPs of the model that a stage leaves or scores, from its configuration."""
+    model = meta_model(load_config(held.reference))
+    return {
+        "parameters": count_parameters(model).to_mapping(),
+        "flops": count_row_flops(model, length=lengths[0], target_length=lengths[1]).to_mapping(),
+    }
 
 
 def _run_stage(stage: Stage, held: HeldModel, context: StageContext) -> tuple[HeldModel, Config]:

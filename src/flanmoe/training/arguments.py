@@ -16,7 +16,9 @@ from flanmoe.models.freezing import FreezePresets
 from flanmoe.models.precision import ChosenPrecision
 from flanmoe.training.adafactor import Adafactor
 from flanmoe.training.router_losses import RouterLossConfig
+from flanmoe.training.routing_monitor import RoutingMonitorConfig
 from flanmoe.training.sharding import Sharding
+from flanmoe.tuners.tuning import TunerConfig
 
 _SCHEDULERS = {
     "constant": "constant_with_warmup",
@@ -49,9 +51,13 @@ class TuneConfig(Config):
             optimizer state; `float32` computes everything in float32; `auto` stands for bfloat16 on
             machines with instructions for it, for float32 elsewhere (`flanmoe.models.precision`).
         router: the router losses; without effect on a dense model.
+        routing: what is recorded of the routing, and when it is called wrong; without effect on a dense
+            model.
         freeze: parts of the model that keep their weights, any of `gate`, `experts`, `moe`,
             `non_moe` and `attention` together; see `flanmoe.models.freezing`. FLOPs are counted as
             if everything trained.
+        tuner: trains something small in place of the model's own weights, which all stay frozen: low-rank
+            changes of experts, or the experts that a task uses; see `flanmoe.tuners`.
         dropout: rate of all dropout of the model but that inside experts while it trains; None leaves the
             model's own; see `flanmoe.models.dropout`.
         expert_dropout: share of the hidden units inside routed experts that is dropped, beside
@@ -80,7 +86,9 @@ class TuneConfig(Config):
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     precision: ChosenPrecision = "bfloat16"
     router: RouterLossConfig = RouterLossConfig()
+    routing: RoutingMonitorConfig = RoutingMonitorConfig()
     freeze: FreezePresets = ()
+    tuner: TunerConfig | None = None
     dropout: float | None = Field(default=None, ge=0, lt=1)
     expert_dropout: float | None = Field(default=None, ge=0, lt=1)
     checkpoint_every_steps: int | None = Field(default=None, ge=1)
@@ -118,6 +126,17 @@ class TuneConfig(Config):
             raise ValueError(
                 "must not be `inverse_sqrt` with `warmup_steps: 0`; the learning rate falls with the steps as "
                 "multiples of the warm-up, so set `warmup_steps`"
+            )
+        return value
+
+    @field_validator("tuner")
+    @classmethod
+    def _tuner_freezes(cls, value: TunerConfig | None, info: ValidationInfo) -> TunerConfig | None:
+        frozen = info.data.get("freeze")
+        if value is not None and frozen:
+            raise ValueError(
+                f"must not be set beside `freeze` ({', '.join(frozen)}), but is {value.kind}; with a tuner "
+                "all of the model is frozen, so leave one of them out"
             )
         return value
 

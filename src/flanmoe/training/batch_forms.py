@@ -46,11 +46,17 @@ class BatchForm(ABC):
     """How rows become a batch, and a batch a forward pass."""
 
     @abstractmethod
-    def collated(self, rows: Sequence[Any]) -> Batch:
+    def collated(
+        self, rows: Sequence[Any], *, task_numbers: Mapping[str, int] | None = None
+    ) -> Batch:
         """Stack rows into a batch.
 
+        Args:
+            rows: the rows.
+            task_numbers: number of each task by its name, where the batch is to carry them.
+
         Raises:
-            DataError: if they are rows for another kind of model.
+            DataError: if they are rows for another kind of model, or of a task without a number.
         """
 
     @abstractmethod
@@ -60,6 +66,10 @@ class BatchForm(ABC):
     @abstractmethod
     def side_of(self, block: MoEBlock) -> Side:
         """Return the side whose tokens a sparse block sees."""
+
+    @abstractmethod
+    def task_ids(self, batch: Batch) -> dict[Side, Int[Tensor, " _"]]:
+        """Return for each token the number of its task, side by side; the batch must carry them."""
 
     @abstractmethod
     def targets(self, batch: Batch) -> Targets:
@@ -82,10 +92,12 @@ class DecoderForm(BatchForm):
     which keeps the examples of a row apart in most native transformers decoders.
     """
 
-    def collated(self, rows: Sequence[Any]) -> Batch:
+    def collated(
+        self, rows: Sequence[Any], *, task_numbers: Mapping[str, int] | None = None
+    ) -> Batch:
         """Stack rows into a batch."""
         _require_rows(rows, Packed, model="A decoder")
-        return collate(rows)
+        return collate(rows, task_numbers=task_numbers)
 
     def totals(self, batches: Sequence[Batch]) -> dict[Side, StepTotals]:
         """Count what the micro-batches of one process hold."""
@@ -94,6 +106,10 @@ class DecoderForm(BatchForm):
     def side_of(self, block: MoEBlock) -> Side:
         """Return the one side there is."""
         return "decoder"
+
+    def task_ids(self, batch: Batch) -> dict[Side, Int[Tensor, " _"]]:
+        """Return the number of each token's task, row after row."""
+        return {"decoder": batch["task_ids"].reshape(-1)}
 
     def targets(self, batch: Batch) -> Targets:
         """Return the positions before the tokens that enter the loss, and these tokens."""
@@ -120,10 +136,12 @@ class PairForm(BatchForm):
     Its routers must be ours: the model tells them which tokens are padding.
     """
 
-    def collated(self, rows: Sequence[Any]) -> Batch:
+    def collated(
+        self, rows: Sequence[Any], *, task_numbers: Mapping[str, int] | None = None
+    ) -> Batch:
         """Stack rows into a batch."""
         _require_rows(rows, PackedPair, model="An encoder-decoder")
-        return collate_pairs(rows)
+        return collate_pairs(rows, task_numbers=task_numbers)
 
     def totals(self, batches: Sequence[Batch]) -> dict[Side, StepTotals]:
         """Count what the micro-batches of one process hold; what enters the loss is the decoder's."""
@@ -138,6 +156,13 @@ class PairForm(BatchForm):
     def side_of(self, block: MoEBlock) -> Side:
         """Return the side that the block's name begins with."""
         return "encoder" if block.name.startswith("encoder.") else "decoder"
+
+    def task_ids(self, batch: Batch) -> dict[Side, Int[Tensor, " _"]]:
+        """Return the number of each token's task, row after row, on both sides."""
+        return {
+            "encoder": batch["task_ids"].reshape(-1),
+            "decoder": batch["decoder_task_ids"].reshape(-1),
+        }
 
     def targets(self, batch: Batch) -> Targets:
         """Return the decoder's positions that enter the loss in any row, and their labels."""

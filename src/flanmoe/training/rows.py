@@ -26,6 +26,11 @@ class RowStream(Protocol):
         """Whether a row may hold more than one example."""
         ...
 
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Names of the tasks that rows may hold, all different and the same on all processes."""
+        ...
+
     def __iter__(self) -> Iterator[Row]:
         """Go on after the row given last."""
         ...
@@ -44,21 +49,30 @@ class FixedRows:
 
     Args:
         rows: the rows; at least one.
+        task_names: the tasks of their examples where other processes have other rows; without it those
+            of these rows.
 
     Raises:
-        DataError: if there are none.
+        DataError: if there are no rows.
     """
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[Row], *, task_names: Sequence[str] | None = None) -> None:
         if not rows:
             raise DataError("Training needs at least 1 packed row, but there are 0. Add examples.")
         self._rows = tuple(rows)
         self._given = 0
+        own = sorted({task for row in rows for task in row.tasks})
+        self._task_names = tuple(own if task_names is None else task_names)
 
     @property
     def shares_rows(self) -> bool:
         """Whether any row holds more than one example."""
         return any(len(row.tasks) > 1 for row in self._rows)
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Names of the tasks of the rows."""
+        return self._task_names
 
     def __iter__(self) -> Iterator[Row]:
         return self

@@ -19,6 +19,8 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from flanmoe.training import checkpoints
 from flanmoe.training.sharding import Sharding, full_weights
+from flanmoe.training.trained_weights import load_trained, save_trained
+from flanmoe.tuners.attached import has_tuner
 
 
 class SavingTrainer(Trainer):
@@ -78,9 +80,14 @@ class SavingTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save_weights(self, folder: Path) -> None:
+        model = cast(PreTrainedModel, self.model)
+        if has_tuner(model):
+            is_writer = self.args.should_save
+            save_trained(model, folder, sharding=self._sharding, is_writer=is_writer)
+            return
         weights = None
         if self._sharding == "fsdp":
-            weights = full_weights(cast(PreTrainedModel, self.model))
+            weights = full_weights(model)
         if self.args.should_save:
             self._save(str(folder), state_dict=weights)
 
@@ -115,7 +122,9 @@ class SavingTrainer(Trainer):
             folder, layout=self._layout, process=self.args.process_index
         )
         own = cast(PreTrainedModel, self.model)
-        if self._sharding == "fsdp":
+        if has_tuner(own):
+            load_trained(own, folder, sharding=self._sharding)
+        elif self._sharding == "fsdp":
             checkpoints.load_sharded_weights(own, folder, kind=type(self._given))
         else:
             checkpoints.load_weights(own, folder)

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from flanmoe.moe.routing import Routing
-from flanmoe.training.drops import LayerDrops
+from flanmoe.moe.routing_measures import measures_of_layers
+from flanmoe.moe.stacked_sums import StackedSums
+from flanmoe.training.in_one_go import Change, in_one_go
 from flanmoe.training.report import RouterReport, StepReport
 from flanmoe.training.router_losses import LayerUse, RouterLossConfig, RouterLosses
 from flanmoe.training.rows import StepTotals
@@ -26,8 +26,7 @@ class Step:
         cross_entropy: sum of what they added to the cross-entropy.
         losses: the same for the raw router losses; None for a dense model.
         use: expert use in what they asked for, layer by layer, where a scope keeps it.
-        counts: assignments that each expert got, layer by layer.
-        drops: what found no expert, layer by layer.
+        routing: what the routers did, by task; None where nobody asks.
         counted_tokens, counting_seconds: what counting them beforehand took.
     """
 
@@ -38,8 +37,7 @@ class Step:
     cross_entropy: Tensor | float = 0.0
     losses: RouterLosses | None = None
     use: list[LayerUse] = field(default_factory=list[LayerUse])
-    counts: list[Tensor] = field(default_factory=list[Tensor])
-    drops: list[LayerDrops] = field(default_factory=list[LayerDrops])
+    routing: StackedSums | None = None
     counted_tokens: int = 0
     counting_seconds: float = 0.0
 
@@ -47,8 +45,8 @@ class Step:
         self,
         cross_entropy: Tensor,
         losses: RouterLosses | None,
-        layers: Sequence[Routing],
         use: Sequence[LayerUse],
+        routing: StackedSums | None,
     ) -> None:
         """Add what one micro-batch of this process found."""
         self.done += 1
@@ -57,21 +55,17 @@ class Step:
             losses = losses.detached()
             self.losses = self.losses + losses if self.losses else losses
             self.use = added(self.use, use)
-            self.counts = added(self.counts, [layer.expert_counts() for layer in layers])
-            self.drops = added(self.drops, [LayerDrops.of(layer) for layer in layers])
+        if routing is not None:
+            self.routing = self.routing + routing if self.routing else routing
 
     def sum_over(self, processes: Callable[[Tensor], Tensor]) -> None:
-        """Replace what this process found by the sums over all processes.
+        """Replace what this process found by the sums over all processes, in one go.
 
         Args:
             processes: adds up a tensor over them; every process must call this.
         """
-        self.counts = [processes(layer) for layer in self.counts]
-        self.drops = [layer.summed(processes) for layer in self.drops]
-        self.cross_entropy = float(processes(torch.as_tensor(self.cross_entropy)))
-        self.use = [layer.summed(processes) for layer in self.use]
-        if self.losses:
-            self.losses = self.losses.summed(processes)
+        in_one_go(self._each, processes)
+        self.cross_entropy = float(self.cross_entropy)
 
     def report(
         self, number: int, config: RouterLossConfig, *, learning_rate: float, gradient_norm: float
@@ -94,21 +88,30 @@ class Step:
     def _router_report(self, config: RouterLossConfig) -> RouterReport | None:
         if self.losses is None:
             return None
+        in_one_go(self._each_routing, lambda values: values.cpu())
+        layers = self.routing.layers() if self.routing else []
+        measures = measures_of_layers([layer.together() for layer in layers])
         raw = {name: float(value) for name, value in self.losses.raw(config).items()}
         weights = config.weights._asdict()
         return RouterReport(
             balance_per_layer=tuple(self.losses.balance.tolist()),
             raw=raw,
             weighted={name: weights[name] * value for name, value in raw.items()},
-            counts=tuple(counts.cpu() for counts in self.counts),
-            drops=tuple(LayerDrops(layer.counts.cpu()) for layer in self.drops),
+            routing=tuple(layers),
+            measures=tuple(measured for (measured,) in measures),
         )
 
+    def _each(self, change: Change) -> None:
+        self.cross_entropy = change(torch.as_tensor(self.cross_entropy))
+        self.losses = self.losses.summed(change) if self.losses else None
+        self.use = [layer.summed(change) for layer in self.use]
+        self._each_routing(change)
 
-_T = TypeVar("_T", Tensor, LayerUse, LayerDrops)
+    def _each_routing(self, change: Change) -> None:
+        self.routing = self.routing.changed(change) if self.routing else None
 
 
-def added(total: Sequence[_T], layers: Sequence[_T]) -> list[_T]:
+def added(total: Sequence[LayerUse], layers: Sequence[LayerUse]) -> list[LayerUse]:
     """Add layer by layer to what there is, if there is anything."""
     if not total:
         return list(layers)

@@ -9,6 +9,7 @@ their side see. What a batch is, of a decoder or of an encoder-decoder, is a `Ba
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -32,10 +33,12 @@ from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.router_precision import run_routers_outside_autocast
 from flanmoe.moe.recorder import RoutingRecorder
 from flanmoe.moe.routing import Routing
+from flanmoe.moe.stacked_sums import StackedSums
 from flanmoe.training import checkpoints
 from flanmoe.training.batch_forms import form_of
 from flanmoe.training.callbacks.base import StepCallback
 from flanmoe.training.cross_entropy import summed_cross_entropy
+from flanmoe.training.in_one_go import Change, in_one_go
 from flanmoe.training.interruption import StopRequest
 from flanmoe.training.model_checks import require_batches_understood, require_full_precision
 from flanmoe.training.router_losses import (
@@ -43,6 +46,12 @@ from flanmoe.training.router_losses import (
     RouterLossConfig,
     router_losses,
     scope_of,
+)
+from flanmoe.training.routing_monitor import (
+    DEFAULT_MONITOR,
+    RoutingMonitor,
+    RoutingMonitorConfig,
+    require_same_tasks,
 )
 from flanmoe.training.rows import Batch, RowStream, StepTotals, micro_batches
 from flanmoe.training.saving import SavingTrainer
@@ -69,6 +78,7 @@ class SparseTrainer(SavingTrainer):
         args: as `training_arguments` makes them; every step must be logged.
         stream: source of packed rows, already sliced for this process.
         router: router losses; without effect on a dense model.
+        routing: what is recorded of the routing; with None nothing is.
         optimizer: class and settings of an optimizer in place of the one that `args` name.
         callbacks: told about every step, in order.
         keep_checkpoints: how many complete checkpoints stay on disk.
@@ -87,6 +97,7 @@ class SparseTrainer(SavingTrainer):
         *,
         stream: RowStream,
         router: RouterLossConfig | None = None,
+        routing: RoutingMonitorConfig | None = DEFAULT_MONITOR,
         optimizer: tuple[type[Optimizer], Mapping[str, Any]] | None = None,
         callbacks: Sequence[StepCallback] = (),
         keep_checkpoints: int = 1,
@@ -133,6 +144,8 @@ class SparseTrainer(SavingTrainer):
         self.keep_checkpoints = keep_checkpoints
         self.stop = stop or StopRequest()
         self._recorder = RoutingRecorder(self.blocks)
+        require_same_tasks(stream.task_names)
+        self._monitor = RoutingMonitor(routing, stream.task_names) if routing else None
         self._step: Step | None = None
         self._rows_trained = 0
         self._stop_agreed = False
@@ -171,7 +184,9 @@ class SparseTrainer(SavingTrainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return a plain loader: the stream slices by process itself, so accelerate must not."""
         rows = self.args.per_device_train_batch_size
-        return micro_batches(self.stream, rows=rows, collated=self.form.collated)
+        numbers = self._monitor.task_numbers if self._monitor else None
+        collated = partial(self.form.collated, task_numbers=numbers)
+        return micro_batches(self.stream, rows=rows, collated=collated)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -242,8 +257,20 @@ class SparseTrainer(SavingTrainer):
         return [LayerUse.of(layer, counting) for layer in layers]
 
     def _start_scope(self, use: Sequence[LayerUse]) -> None:
-        summed = [layer.summed(self._summed) for layer in use]
+        summed = list(use)
+
+        def each(change: Change) -> None:
+            summed[:] = [layer.summed(change) for layer in summed]
+
+        in_one_go(each, self._summed)
         self.scope.start_step(summed, self._current_step().of_layers)
+
+    def _sums(self, batch: Batch, layers: Sequence[Routing]) -> StackedSums | None:
+        if self._monitor is None or not layers:
+            return None
+        task_ids = self.form.task_ids(batch)
+        of_layers = [task_ids[self.form.side_of(block)] for block in self.blocks]
+        return self._monitor.sums(layers, of_layers)
 
     def _forward(
         self, model: nn.Module, batch: Batch, *, positions: Tensor
@@ -279,7 +306,7 @@ class SparseTrainer(SavingTrainer):
                 layers, scope=self.scope, totals=step.of_layers, weights=self.router_config.weights
             )
             loss = loss + losses.total(self.router_config)
-        step.add(cross_entropy, losses, layers, use)
+        step.add(cross_entropy, losses, use, self._sums(inputs, layers))
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
@@ -334,11 +361,17 @@ class SparseTrainer(SavingTrainer):
                 gradient_norm=logs["grad_norm"],
             )
             logs |= report.metrics()
+            if report.router is not None:
+                logs |= report.router.layer_metrics([block.name for block in self.blocks])
             for callback in self.step_callbacks:
                 callback.after_step(report)
             if self._stop_agreed:
                 self.control.should_save = self.control.should_training_stop = True
         super().log(logs, start_time)
+        # Trackers have had them, and our own files have them; transformers would keep every step's in
+        # memory and in each checkpoint.
+        history = self.state.log_history
+        history[-1] = {name: x for name, x in history[-1].items() if "routing/" not in name}
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Return 0: the ledger counts FLOPs, of active parameters only."""

@@ -1,14 +1,16 @@
 """`tune`: train a model in place on a stream of packed rows. The one entry that stages call."""
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from flanmoe.core.config import Config
-from flanmoe.core.console import show_table
+from flanmoe.core.console import say, show_table
 from flanmoe.core.errors import Interrupted, RunError
 from flanmoe.core.ledger import Ledger
 from flanmoe.core.rundir import RunDir
@@ -17,7 +19,9 @@ from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.dropout import dropout
 from flanmoe.models.expert_dropout import expert_dropout
 from flanmoe.models.freezing import WhatTrains, frozen, trains_table, what_trains
+from flanmoe.moe.alerts import Alert
 from flanmoe.moe.block import MoEBlock
+from flanmoe.moe.routing_measures import measures_of_layers
 from flanmoe.training.arguments import (
     TuneConfig,
     chosen_optimizer,
@@ -28,6 +32,7 @@ from flanmoe.training.callbacks.base import StepCallback
 from flanmoe.training.callbacks.ledger import LedgerKeeper
 from flanmoe.training.callbacks.metrics_log import METRICS_FILE, MetricsLog
 from flanmoe.training.callbacks.progress import shown_progress
+from flanmoe.training.callbacks.routing_alerts import RoutingAlerts
 from flanmoe.training.callbacks.routing_log import RoutingLog
 from flanmoe.training.checkpoints import (
     CHECKPOINTS_FOLDER,
@@ -35,8 +40,23 @@ from flanmoe.training.checkpoints import (
     latest_checkpoint,
 )
 from flanmoe.training.interruption import StopRequest, stop_on_interrupt
+from flanmoe.training.routing_monitor import RoutingMonitorConfig
 from flanmoe.training.rows import RowStream
+from flanmoe.training.trained_routing import (
+    TrainedDrops,
+    TrainedLoad,
+    TrainedTask,
+    trained_drops,
+    trained_load,
+    trained_tasks,
+)
 from flanmoe.training.trainer import SparseTrainer
+from flanmoe.tuners.attached import AttachedTuner
+from flanmoe.tuners.merging import MergeReport, merge_sentence
+from flanmoe.tuners.tuning import attached
+
+# Where in the folder of a run a tuner keeps what it has trained.
+ADAPTER_FOLDER = "adapter"
 
 
 class LossPoint(Config):
@@ -51,39 +71,18 @@ class LossPoint(Config):
     loss: float
 
 
-class TrainedLoad(Config):
-    """How often each expert was chosen over the whole run.
+class RoutingPoint(Config):
+    """How even the load of one step was, over the sparse layers.
 
     Attributes:
-        layers: number of each sparse layer in its model, or on its side of an encoder-decoder.
-        counts: for each of them the assignments of each expert.
-        shares: the same as shares, which sum to 1.
-        entropy_nats: for each of them the entropy of the shares; ln(experts) means even use.
-        unused_share: for each of them the share of experts that no token was sent to.
-        max_over_mean: for each of them the busiest expert as a multiple of the even share.
-        names: for each of them the path of the block in the model.
+        tokens: real tokens trained on so far, this step included.
+        worst, mean: entropy of the load as a share of the largest there is, of the most uneven layer and
+            as a mean over layers.
     """
 
-    layers: tuple[int, ...]
-    counts: tuple[tuple[int, ...], ...]
-    shares: tuple[tuple[float, ...], ...]
-    entropy_nats: tuple[float, ...]
-    unused_share: tuple[float, ...]
-    max_over_mean: tuple[float, ...]
-    names: tuple[str, ...] = ()
-
-
-class TrainedDrops(Config):
-    """What found no expert over the whole run, for each sparse layer in the order of `TrainedLoad`.
-
-    Attributes:
-        dropped_share: choices that were asked for and did not fit, over all that were asked for; 0 where
-            experts choose.
-        unserved_share: tokens that no expert took, over all real tokens.
-    """
-
-    dropped_share: tuple[float, ...]
-    unserved_share: tuple[float, ...]
+    tokens: int
+    worst: float
+    mean: float
 
 
 class TuneResult(Config):
@@ -101,6 +100,10 @@ class TuneResult(Config):
         router_settings: their coefficients and scope; empty for a dense model.
         router_last: their raw and weighted values in the last step; empty for a dense model.
         trains: how much of each part of the model trained.
+        merged: what merging a tuner changed; None where there was none to merge.
+        tasks: where the tokens of each task went, by its name; empty for a dense model.
+        alerts: what was wrong with the routing, those that were cleared included.
+        routing_history: how even each step was; empty for a dense model.
     """
 
     ledger: Ledger
@@ -113,7 +116,11 @@ class TuneResult(Config):
     router_settings: dict[str, float | str]
     router_last: dict[str, float]
     trains: WhatTrains
+    merged: MergeReport | None = None
     drops: TrainedDrops | None = None
+    tasks: dict[str, TrainedTask] = {}
+    alerts: tuple[Alert, ...] = ()
+    routing_history: tuple[RoutingPoint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +129,13 @@ class _Records:
 
     ledger: LedgerKeeper
     metrics: MetricsLog
+    alerts: RoutingAlerts
     routing: RoutingLog
 
     @property
     def all(self) -> tuple[StepCallback, ...]:
-        return (self.ledger, self.metrics, self.routing)
+        # The log shows the alerts of its own step.
+        return (self.ledger, self.metrics, self.alerts, self.routing)
 
 
 def tune(
@@ -149,7 +158,7 @@ def tune(
         model: a causal language model, FlanMoeT5 or a dense T5, with float32 weights.
         stream: source of packed rows of its kind; its position is part of every checkpoint.
         config: steps, rates, router losses, freezing, expert dropout, checkpoints.
-        run: the folder that metrics, routing and checkpoints are written to.
+        run: the folder that metrics, routing and checkpoints are written to, and what a tuner has trained.
         seeds: the branch of the seed tree that belongs to this run.
         flops_per_token: of training, forward and backward; a mean over the tokens of both sides.
         resume: go on from the newest complete checkpoint in `run`.
@@ -158,7 +167,7 @@ def tune(
         ConfigError: if `target_length` or `sharding` does not suit the kind of model.
         RunError: if `resume` is set and there is no complete checkpoint.
         ModelError: if weights are in less than float32, examples that share a row see each other,
-            or `freeze` or `expert_dropout` does not suit the model.
+            or `freeze`, `expert_dropout` or `tuner` does not suit the model, or a tuner cannot be merged.
         Interrupted: after Ctrl-C; a checkpoint has been written.
         DiskError: if a checkpoint or a log cannot be written.
         DataError: if the stream ends or a step has no token that enters the loss.
@@ -168,43 +177,90 @@ def tune(
     arguments = training_arguments(config, run.file(CHECKPOINTS_FOLDER), seeds)
     checkpoint = _checkpoint_to_resume(run) if resume else None
     blocks = moe_blocks(model)
-    own = _own_records(run, arguments.process_index)
+    is_shown = arguments.process_index == 0
     ledger = LedgerKeeper(flops_per_token=flops_per_token, device=arguments.device)
-    records = _Records(ledger, MetricsLog(own), RoutingLog(own, blocks))
+    own = _own_records(run, arguments.process_index)
+    records = _records(ledger, own, blocks, stream, config.routing, is_shown=is_shown)
+    shown = _display(blocks, records.alerts, is_shown=is_shown)
 
     def trainer_of(stop: StopRequest, display: StepCallback) -> SparseTrainer:
         return SparseTrainer(
             model,
             arguments,
             stream=stream,
-            router=config.router,
-            optimizer=chosen_optimizer(config),
             callbacks=(*records.all, display),
-            keep_checkpoints=config.keep_checkpoints,
             stop=stop,
-            sharding=config.sharding,
+            **_trainer_settings(config),
         )
 
-    is_shown = arguments.process_index == 0
-    with _as_configured(model, config, is_shown=is_shown) as trains:
-        _train(trainer_of, steps=config.steps, checkpoint=checkpoint, is_shown=is_shown)
-    return _result(config, own, blocks, records, trains)
+    with _as_configured(model, config, seeds, is_shown=is_shown) as (trains, tuner):
+        _train(trainer_of, shown, steps=config.steps, checkpoint=checkpoint)
+        merged = None if tuner is None else _finished(tuner, config, run, is_shown=is_shown)
+    result = _result(own, records, trains).model_copy(update={"merged": merged})
+    return _with_routing(result, config, own, blocks, records) if blocks else result
 
 
 @contextmanager
 def _as_configured(
-    model: PreTrainedModel, config: TuneConfig, *, is_shown: bool
-) -> Generator[WhatTrains]:
-    """Freeze and drop as configured; a later stage must not inherit it by accident."""
+    model: PreTrainedModel, config: TuneConfig, seeds: SeedTree, *, is_shown: bool
+) -> Generator[tuple[WhatTrains, AttachedTuner | None]]:
+    """Freeze, drop and put in as configured; a later stage must not inherit it by accident."""
     with (
         frozen(model, config.freeze),
         dropout(model, config.dropout),
         expert_dropout(model, config.expert_dropout),
+        attached(model, config.tuner, seeds.child("tuner")) as tuner,
     ):
         trains = what_trains(model)
         if is_shown and trains.trained < trains.parameters:
             show_table(trains_table(trains))
-        yield trains
+        yield trains, tuner
+
+
+def _finished(
+    tuner: AttachedTuner, config: TuneConfig, run: RunDir, *, is_shown: bool
+) -> MergeReport | None:
+    """Save what a tuner has trained, in the first process, and merge it where that is asked for."""
+    if is_shown:
+        tuner.save(run.file(ADAPTER_FOLDER))
+    if config.tuner is None or not config.tuner.merge:
+        return None
+    merged = tuner.merge()
+    if is_shown:
+        say(merge_sentence(merged))
+    return merged
+
+
+def _records(
+    ledger: LedgerKeeper,
+    own: RunDir,
+    blocks: Sequence[MoEBlock],
+    stream: RowStream,
+    config: RoutingMonitorConfig,
+    *,
+    is_shown: bool,
+) -> _Records:
+    alerts = RoutingAlerts(config.alerts, blocks, is_shown=is_shown)
+    routing = RoutingLog(own, blocks, task_names=stream.task_names, alerts=alerts, config=config)
+    return _Records(ledger, MetricsLog(own), alerts, routing)
+
+
+def _trainer_settings(config: TuneConfig) -> dict[str, Any]:
+    return {
+        "router": config.router,
+        "routing": config.routing,
+        "optimizer": chosen_optimizer(config),
+        "keep_checkpoints": config.keep_checkpoints,
+        "sharding": config.sharding,
+    }
+
+
+def _display(
+    blocks: Sequence[MoEBlock], alerts: RoutingAlerts, *, is_shown: bool
+) -> Callable[..., AbstractContextManager[StepCallback]]:
+    """Return what shows the progress of steps, given a title and their number."""
+    names = _short_names(blocks)
+    return partial(shown_progress, is_shown=is_shown, layers=names, alerts=alerts)
 
 
 def _own_records(run: RunDir, process: int) -> RunDir:
@@ -224,16 +280,16 @@ def _checkpoint_to_resume(run: RunDir) -> Path:
 
 def _train(
     trainer_of: Callable[[StopRequest, StepCallback], SparseTrainer],
+    shown: Callable[..., AbstractContextManager[StepCallback]],
     *,
     steps: int,
     checkpoint: Path | None,
-    is_shown: bool,
 ) -> None:
     done = checkpoint_step(checkpoint) if checkpoint else 0
     title = f"Tuning from step {done}" if checkpoint else "Tuning"
     with (
         stop_on_interrupt() as stop,
-        shown_progress(title, steps=steps - done, is_shown=is_shown) as display,
+        shown(title, steps=steps - done) as display,
         closing(trainer_of(stop, display)) as trainer,
     ):
         if done < steps:
@@ -248,13 +304,17 @@ def _train(
         )
 
 
-def _result(
-    config: TuneConfig,
-    run: RunDir,
-    blocks: Sequence[MoEBlock],
-    records: _Records,
-    trains: WhatTrains,
-) -> TuneResult:
+def _short_names(blocks: Sequence[MoEBlock]) -> list[str]:
+    """What layers are called in one line: their numbers, with their sides where there are two."""
+    sides = [block.name.partition(".")[0] for block in blocks]
+    return [
+        f"{side} {block.layer}" if {"encoder", "decoder"} & set(sides) else str(block.layer)
+        for side, block in zip(sides, blocks, strict=True)
+    ]
+
+
+def _result(run: RunDir, records: _Records, trains: WhatTrains) -> TuneResult:
+    """Return the result, as it is for a dense model."""
     rows = run.rows(METRICS_FILE)
     return TuneResult(
         ledger=records.ledger.ledger,
@@ -264,30 +324,43 @@ def _result(
         loss_history=tuple(
             LossPoint(tokens=row["tokens"], loss=row["loss/cross_entropy"]) for row in rows
         ),
-        expert_load=_trained_load(blocks, records.routing) if blocks else None,
-        router_losses=bool(blocks) and config.router.is_on,
-        router_settings=dict(config.router.to_mapping()) if blocks else {},
-        router_last={name: rows[-1][name] for name in rows[-1] if name.startswith("router/")},
+        expert_load=None,
+        router_losses=False,
+        router_settings={},
+        router_last={},
         trains=trains,
-        drops=_trained_drops(records.routing) if blocks else None,
     )
 
 
-def _trained_load(blocks: Sequence[MoEBlock], routing: RoutingLog) -> TrainedLoad:
-    layers = routing.load.to_mapping()
-    return TrainedLoad(
-        layers=tuple(block.layer for block in blocks),
-        counts=tuple(tuple(layer["counts"]) for layer in layers),
-        shares=tuple(tuple(layer["fractions"]) for layer in layers),
-        entropy_nats=tuple(layer["entropy_nats"] for layer in layers),
-        unused_share=tuple(layer["unused_share"] for layer in layers),
-        max_over_mean=tuple(layer["max_over_mean"] for layer in layers),
-        names=tuple(block.name for block in blocks),
-    )
-
-
-def _trained_drops(routing: RoutingLog) -> TrainedDrops:
-    return TrainedDrops(
-        dropped_share=tuple(layer.dropped_share for layer in routing.drops),
-        unserved_share=tuple(layer.unserved_share for layer in routing.drops),
+def _with_routing(
+    result: TuneResult,
+    config: TuneConfig,
+    run: RunDir,
+    blocks: Sequence[MoEBlock],
+    records: _Records,
+) -> TuneResult:
+    """Return the result with what there is to say of a sparse model."""
+    rows = run.rows(METRICS_FILE)
+    sums = records.routing.sums
+    layers = [layer for (layer,) in measures_of_layers([layer.together() for layer in sums])]
+    return result.model_copy(
+        update={
+            "expert_load": trained_load(blocks, layers),
+            "drops": trained_drops(layers),
+            "tasks": trained_tasks(records.routing.task_names, sums),
+            "alerts": records.alerts.alerts,
+            "router_losses": config.router.is_on,
+            "router_settings": dict(config.router.to_mapping()),
+            "router_last": {
+                name: rows[-1][name] for name in rows[-1] if name.startswith("router/")
+            },
+            "routing_history": tuple(
+                RoutingPoint(
+                    tokens=row["tokens"],
+                    worst=row["routing/worst/entropy_share"],
+                    mean=row["routing/mean/entropy_share"],
+                )
+                for row in rows
+            ),
+        }
     )

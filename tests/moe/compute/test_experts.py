@@ -1,6 +1,7 @@
 """The fast expert compute against the sum that defines it: values, gradients, drops, autocast."""
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -9,12 +10,40 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from flanmoe.moe.compute import FusedExperts, expert_ffn, expert_ffn_reference, gated
+from flanmoe.moe.compute import (
+    FusedExperts,
+    Gated,
+    Plain,
+    expert_ffn,
+    expert_ffn_reference,
+    gated,
+    work,
+)
+
+
+def _interleaved(product: Tensor) -> Tensor:
+    """Gate and up in turn, limited, with a slope: the form of gpt-oss."""
+    gate, up = product[..., ::2].clamp(max=1.5), product[..., 1::2].clamp(-1.5, 1.5)
+    return (up + 1) * gate * torch.sigmoid(gate * 1.702)
+
+
+# What is between the products, and how many times the expert width the first product has.
+_COMBINES = {
+    "silu": (Gated("silu"), 2),
+    "gelu": (Gated("gelu"), 2),
+    "gelu_tanh": (Gated("gelu_tanh"), 2),
+    "relu": (Plain("relu"), 1),
+    "plain gelu": (Plain("gelu"), 1),
+    "interleaved": (_interleaved, 2),
+    "squared": (lambda product: F.relu(product).square(), 1),
+}
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, FusedExperts]:
     """Float64 inputs; expert ids of `num_experts` are dropped assignments."""
+    combine, factor = _COMBINES[draw(st.sampled_from(sorted(_COMBINES)))]
+    transposed = draw(st.booleans())
     num_tokens = draw(st.integers(0, 9))
     num_experts = draw(st.integers(1, 5))
     top_k = draw(st.integers(1, num_experts))
@@ -25,19 +54,29 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, FusedExperts]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
 
+    def matrices(*shape: int) -> Tensor:
+        if not transposed:
+            return normal(*shape)
+        return normal(shape[0], shape[2], shape[1]).transpose(1, 2)
+
     biased = draw(st.booleans())
     experts = FusedExperts(
-        gate_up=normal(num_experts, 2 * width, hidden_size),
-        down=normal(num_experts, hidden_size, width),
-        combine=gated(F.silu),
-        gate_up_bias=normal(num_experts, 2 * width) if biased else None,
+        gate_up=matrices(num_experts, factor * width, hidden_size),
+        down=matrices(num_experts, hidden_size, width),
+        combine=combine,
+        gate_up_bias=normal(num_experts, factor * width) if biased else None,
         down_bias=normal(num_experts, hidden_size) if biased else None,
         output_norm=torch.tanh if draw(st.booleans()) else None,
     )
     expert_ids = torch.randint(used, (num_tokens, top_k), generator=generator)
     if draw(st.booleans()):
         expert_ids = expert_ids + (num_experts + 1 - used)
-    return normal(num_tokens, hidden_size), expert_ids, normal(num_tokens, top_k), experts
+    hidden = (
+        normal(num_tokens, 2 * hidden_size)[:, ::2]
+        if transposed
+        else normal(num_tokens, hidden_size)
+    )
+    return hidden, expert_ids, normal(num_tokens, top_k), experts
 
 
 def _leaves(hidden: Tensor, gates: Tensor, experts: FusedExperts) -> list[Tensor]:
@@ -58,17 +97,19 @@ def _gradients(output: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
 
 
-@given(cases())
-def test_equals_the_written_out_sum_and_its_gradients(case: tuple) -> None:
+@given(cases(), st.sampled_from([1, 64, 2**22]))
+def test_equals_the_written_out_sum_and_its_gradients(case: tuple, run_bytes: int) -> None:
     hidden, expert_ids, gates, experts = case
-    fast = expert_ffn(hidden, expert_ids, gates, experts)
-    slow = expert_ffn_reference(hidden, expert_ids, gates, experts)
-    torch.testing.assert_close(fast, slow)
-    if not slow.requires_grad:  # no token, or every assignment dropped
-        return
-    leaves = _leaves(hidden, gates, experts)
-    for found, expected in zip(_gradients(fast, leaves), _gradients(slow, leaves), strict=True):
-        torch.testing.assert_close(found, expected)
+    # From every expert by itself to all of them in one run.
+    with mock.patch.object(work, "_RUN_BYTES", run_bytes):
+        fast = expert_ffn(hidden, expert_ids, gates, experts)
+        slow = expert_ffn_reference(hidden, expert_ids, gates, experts)
+        torch.testing.assert_close(fast, slow)
+        if not slow.requires_grad:  # no token, or every assignment dropped
+            return
+        leaves = _leaves(hidden, gates, experts)
+        for found, expected in zip(_gradients(fast, leaves), _gradients(slow, leaves), strict=True):
+            torch.testing.assert_close(found, expected)
 
 
 def _random_case(*, num_tokens: int = 64, dtype: torch.dtype = torch.float32) -> tuple:

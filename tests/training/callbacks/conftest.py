@@ -7,9 +7,45 @@ from typing import Any
 import pytest
 import torch
 
-from flanmoe.training.drops import LayerDrops
+from flanmoe.moe.routing_measures import routing_measures
+from flanmoe.moe.routing_sums import RoutingSums
 from flanmoe.training.report import RouterReport, StepReport
 from flanmoe.training.rows import StepTotals
+
+TASKS = ("boolean", "gsm8k", "unused")
+
+
+def _layer(assignments: list[list[int]], **numbers: list[int]) -> RoutingSums:
+    values = {name: torch.tensor(value) for name, value in numbers.items()}
+    tokens = values["tokens"].double()
+    return RoutingSums(
+        **values,
+        assignments=torch.tensor(assignments),
+        gate_mass=torch.tensor(assignments).double() / 2,
+        entropy=0.5 * tokens,
+        confidence=0.75 * tokens,
+        squared_logits=4 * tokens,
+    )
+
+
+# Three tasks, the last without a token. In the first layer 4 of 8 choices do not fit; in the second
+# experts choose.
+ROUTING = (
+    _layer(
+        [[2, 0, 0], [1, 0, 1], [0, 0, 0]],
+        tokens=[3, 2, 0],
+        asked=[5, 3, 0],
+        dropped=[3, 1, 0],
+        unserved=[2, 0, 0],
+    ),
+    _layer(
+        [[2, 0, 0], [0, 2, 0], [0, 0, 0]],
+        tokens=[3, 2, 0],
+        asked=[0, 0, 0],
+        dropped=[0, 0, 0],
+        unserved=[1, 0, 0],
+    ),
+)
 
 
 @pytest.fixture
@@ -21,11 +57,8 @@ def report() -> Callable[..., StepReport]:
             balance_per_layer=(2.0, 4.0),
             raw={"balance": 3.0, "importance": 0.5, "z": 5.0},
             weighted={"balance": 0.03, "importance": 0.0, "z": 0.005},
-            counts=(torch.tensor([3, 0, 1]), torch.tensor([2, 2, 0])),
-            drops=(
-                LayerDrops(torch.tensor([8, 4, 5, 2])),
-                LayerDrops(torch.tensor([0, 0, 5, 1])),
-            ),
+            routing=ROUTING,
+            measures=tuple(routing_measures(layer.together())[0] for layer in ROUTING),
         )
         values = StepReport(
             step=step,

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from flanmoe.core import files
 from flanmoe.core.console import warn
@@ -33,9 +34,18 @@ def write_routing(report: RoutingReport, folder: Path) -> Path:
     if report.tasks.rows:
         files.write_text(folder / FIGURE_FILE, routing_svg(report))
     # Last, so that it never stands there without its picture.
-    text = json.dumps(report.to_mapping(), indent=2, ensure_ascii=False, allow_nan=False)
-    files.write_text(folder / ROUTING_FILE, _INNERMOST_LIST.sub(_on_one_line, text) + "\n")
+    write_lists_on_lines(folder / ROUTING_FILE, report.to_mapping())
     return folder / ROUTING_FILE
+
+
+def write_lists_on_lines(path: Path, value: Any) -> None:
+    """Write JSON atomically, every list of plain numbers on a line of its own.
+
+    Raises:
+        DiskError: if the disk is full or the folder cannot be written.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    files.write_text(path, _INNERMOST_LIST.sub(_on_one_line, text) + "\n")
 
 
 def _on_one_line(found: re.Match[str]) -> str:

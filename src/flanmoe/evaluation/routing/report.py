@@ -36,6 +36,7 @@ DEFINITIONS = {
     "of a row's requests are apart; null where a half is empty. Only larger distances say something. On the "
     "diagonal: between two samples of the row itself.",
     "layer_means": "mean of the distances between different rows, layer by layer",
+    "layer_noise": "mean of `noise` between different rows, layer by layer; null where it is not known",
     "per_layer": f"the distances in each layer; empty for more than {MOST_ROWS} rows",
 }
 
@@ -73,12 +74,14 @@ class Distances(Config):
         mean: mean over the sparse layers.
         noise: what to expect of rows that use experts alike, mean over the layers.
         layer_means: mean over pairs of rows for each sparse layer; empty for one row.
+        layer_noise: what to expect of them, likewise.
         per_layer: for each sparse layer; empty where there are more than `MOST_ROWS` rows.
     """
 
     mean: Matrix
     noise: tuple[tuple[float | None, ...], ...]
     layer_means: tuple[float, ...]
+    layer_noise: tuple[float | None, ...]
     per_layer: tuple[Matrix, ...]
 
 
@@ -182,18 +185,25 @@ def _layer(assignments: np.ndarray, tokens: np.ndarray) -> list[LayerRouting]:
 
 def _distances(counts: RoutingCounts) -> Distances:
     layers = np.stack([distances(load(one.sum(axis=1))) for one in counts.assignments])
-    expected = np.stack([noise(one, counts.tokens) for one in counts.assignments]).mean(axis=0)
+    expected = np.stack([noise(one, counts.tokens) for one in counts.assignments])
     num_rows = len(counts.names)
-    pairs = np.triu_indices(num_rows, k=1)
-    means = layers[:, *pairs].mean(axis=1).round(_DIGITS).tolist() if num_rows > 1 else ()
     return Distances(
         mean=_rounded(layers.mean(axis=0)),
-        noise=tuple(
-            tuple(None if np.isnan(one) else one for one in row) for row in _rounded(expected)
-        ),
-        layer_means=tuple(means),
+        noise=tuple(map(_known, expected.mean(axis=0))),
+        layer_means=tuple(_between(layers).round(_DIGITS).tolist()),
+        layer_noise=_known(_between(expected)),
         per_layer=tuple(map(_rounded, layers)) if num_rows <= MOST_ROWS else (),
     )
+
+
+def _between(layers: Float[np.ndarray, "K G G"]) -> Float[np.ndarray, " _"]:
+    """Return the mean over pairs of different rows, layer by layer; nothing for one row."""
+    pairs = np.triu_indices(layers.shape[1], k=1)
+    return layers[:, *pairs].mean(axis=1) if len(pairs[0]) else np.zeros(0)
+
+
+def _known(values: Float[np.ndarray, " _"]) -> tuple[float | None, ...]:
+    return tuple(None if np.isnan(one) else one for one in values.round(_DIGITS).tolist())
 
 
 def _rounded(values: Float[np.ndarray, "G _"]) -> Matrix:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flanmoe.core.errors import ModelError
 from flanmoe.moe.block import MoEBlock
+from flanmoe.moe.routing import require_finite_logits
 
 
 @contextmanager
@@ -22,14 +23,19 @@ def router_outputs(blocks: Sequence[MoEBlock]) -> Generator[list[Any]]:
     """Yield a list that holds what each block's router returned once the `with` block has ended.
 
     Raises:
-        ModelError: if a router does not run exactly once.
+        ModelError: if a router does not run exactly once, or its logits are no numbers.
     """
     found: list[list[Any]] = [[] for _ in blocks]
     kept: list[Any] = []
     with ExitStack() as hooks:
         for block, own in zip(blocks, found, strict=True):
             hooks.callback(block.router.register_forward_hook(_keeping(own)).remove)
-        yield kept
+        try:
+            yield kept
+        except ModelError:
+            # Experts refuse gates that are no numbers, and cannot say whose they are.
+            _check_logits(blocks, found)
+            raise
     for block, own in zip(blocks, found, strict=True):
         if len(own) != 1:
             raise ModelError(
@@ -58,6 +64,14 @@ def joined(
         for same in zip(*returned, strict=True)
     ]
     yield torch.cat(list(labels)), tuple(parts)
+
+
+def _check_logits(blocks: Sequence[MoEBlock], found: Sequence[Sequence[Any]]) -> None:
+    for block, own in zip(blocks, found, strict=True):
+        for returned in own:
+            routing = block.routing(returned)
+            name = f"the router of {block.name}"
+            require_finite_logits(routing.logits, routing.valid, router=name)
 
 
 def _keeping(own: list[Any]) -> Any:

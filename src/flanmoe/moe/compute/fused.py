@@ -1,6 +1,6 @@
 """`FusedExperts`: the matrices of all experts of one block, and what is done with their outputs."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,6 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from flanmoe.core.errors import ModelError
+from flanmoe.moe.compute.activations import POINTWISE, Gated
+from flanmoe.moe.compute.low_rank import LowRankExperts
 
 # Attribute of an experts module that holds its rate of expert dropout.
 _HIDDEN_DROPOUT = "flanmoe_hidden_dropout"
@@ -33,6 +35,16 @@ class ExpertOutputs(NamedTuple):
 ExpertObserver = Callable[[ExpertOutputs], None]
 
 
+class Part(NamedTuple):
+    """Some experts of a block, and the assignments that are theirs; all others go to no expert."""
+
+    experts: "FusedExperts"
+    expert_ids: Int[Tensor, "T k"]
+
+
+Split = Callable[[Tensor], Sequence[Part]]
+
+
 @dataclass(frozen=True, slots=True)
 class FusedExperts:
     """The matrices of all experts of one block, and what happens between them.
@@ -50,6 +62,8 @@ class FusedExperts:
             1 / (1 - share); drawn from torch's global generator, expert after expert. Leave it at 0
             outside training.
         observer: is shown what the experts return, without gradients; see `observed_outputs`.
+        low_rank: a low-rank change of the matrices, None for none; they get no gradient beside it.
+        split: divides assignments between the experts here and copies of some; see `ChosenExperts`.
     """
 
     gate_up: Float[Tensor, "E F H"]
@@ -60,6 +74,8 @@ class FusedExperts:
     output_norm: Callable[[Tensor], Tensor] | None = None
     hidden_dropout: float = 0.0
     observer: ExpertObserver | None = None
+    low_rank: LowRankExperts | None = None
+    split: Split | None = None
 
     @property
     def num_experts(self) -> int:
@@ -104,7 +120,13 @@ def observed_outputs(experts: nn.Module, observer: ExpertObserver) -> Generator[
 
 
 def gated(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return `activation(gate) * up` for products whose first half is the gate (SwiGLU and its kin)."""
+    """Return `activation(gate) * up` for products whose first half is the gate (SwiGLU and its kin).
+
+    The activations of `POINTWISE` have their derivative written out; any other is left to autograd.
+    """
+    for name, pointwise in POINTWISE.items():
+        if activation is pointwise.function:
+            return Gated(name)
 
     def combine(product: Tensor) -> Tensor:
         gate, up = product.chunk(2, dim=-1)

@@ -1,25 +1,27 @@
-"""`expert_ffn`: assignments sorted by expert, one product for each expert over its own tokens."""
+"""`expert_ffn`: checks what comes in, decides how to compute it, and computes it."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
-from flanmoe.moe.compute.fused import ExpertOutputs, FusedExperts
-
-# Rows of an expert are rounded up to a multiple of this where kernels are compiled for each shape.
-ROW_MULTIPLE = 32
-
-
-class SingleExpert(NamedTuple):
-    """Views of one expert's matrices and biases."""
-
-    gate_up: Float[Tensor, "F H"]
-    down: Float[Tensor, "H I"]
-    gate_up_bias: Float[Tensor, " F"] | None
-    down_bias: Float[Tensor, " H"] | None
+from flanmoe.core.errors import ModelError
+from flanmoe.moe.compute.activations import (
+    AnyCombine,
+    Combine,
+    Gated,
+    Plain,
+    captured_parameters,
+)
+from flanmoe.moe.compute.autograd import grouped_ffn
+from flanmoe.moe.compute.fused import FusedExperts
+from flanmoe.moe.compute.grouping import group
+from flanmoe.moe.compute.linear import ExpertLinear, FullMatrices
+from flanmoe.moe.compute.low_rank import LowRankFactors, LowRankMatrices
+from flanmoe.moe.compute.products import Choice, product_choice
+from flanmoe.moe.compute.work import Work
 
 
 def expert_ffn(
@@ -31,106 +33,136 @@ def expert_ffn(
     """Return for each token the gate-weighted sum of its experts' outputs.
 
     Assignments are sorted by expert, so that each expert that is used does one product over its own
-    tokens. Gates enter and choices are added in float32 (float64 stays float64), always in the
-    order of the choices: the result does not depend on how threads happen to run.
+    tokens. Under autocast products are made in its dtype. Gates enter and choices are added in
+    float32 (float64 stays float64), in an order that does not depend on how threads happen to run.
+    `product_path` says how products are made. `torch.compile` leaves the function as it is: how many
+    rows an expert has is known only when it runs.
+
+    Raises:
+        ModelError: if an expert id is negative or above the number of experts, a gate is NaN or
+            infinite, sizes do not fit, or tensors differ in dtype outside autocast.
     """
-    num_tokens, top_k = expert_ids.shape
-    flat_ids = expert_ids.reshape(-1)
-    order = flat_ids.argsort(stable=True)
-    # Both gathers run over a permutation. Their backward passes therefore add every row exactly
-    # once, whereas hidden[order // k] would add k rows into one place in whatever order the device
-    # likes.
-    choices = hidden.unsqueeze(1).expand(-1, top_k, -1).flatten(0, 1)
-    outputs = _run_sorted(choices.index_select(0, order), flat_ids, experts)
-    if experts.observer is not None:
-        _show(outputs, flat_ids[order], order // max(top_k, 1), gates.reshape(-1)[order], experts)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(order.numel(), device=order.device)
-    outputs = outputs.index_select(0, back).view(num_tokens, top_k, hidden.shape[-1])
-    accumulate = torch.promote_types(outputs.dtype, torch.float32)
-    weighted = outputs.to(accumulate) * gates.to(accumulate).unsqueeze(-1)
-    return weighted.sum(dim=1).to(hidden.dtype)
+    if experts.split is not None:
+        # Ids that are no expert reach the check of each part as they are.
+        inside = expert_ids.clamp(0, experts.num_experts)
+        parts = experts.split(inside)
+        outputs = [
+            expert_ffn(
+                hidden,
+                torch.where(inside == expert_ids, part.expert_ids, expert_ids),
+                gates,
+                part.experts,
+            )
+            for part in parts
+        ]
+        return torch.stack(outputs).sum(dim=0)
+    _require_sizes(hidden, experts)
+    _require_dtypes(hidden, experts)
+    return _computed(hidden, expert_ids, gates, experts)
 
 
-def _run_sorted(
-    rows: Float[Tensor, "N H"], flat_ids: Int[Tensor, " N"], experts: FusedExperts
-) -> Float[Tensor, "N H"]:
-    """Run each expert on its consecutive rows; rows past the last expert's give zeros."""
-    counts = _counts(flat_ids, experts.num_experts)
-    round_up = _compiles_per_shape(rows)
-    parts: list[Tensor] = []
-    start = 0
-    for expert, single in enumerate(_unbound(experts)):
-        if counts[expert] == 0:
-            continue
-        own = rows[start : start + counts[expert]]
-        if round_up and counts[expert] > ROW_MULTIPLE:
-            own = F.pad(own, (0, 0, 0, -counts[expert] % ROW_MULTIPLE))
-        parts.append(_one_expert(own, single, experts)[: counts[expert]])
-        start += counts[expert]
-    if start < rows.shape[0] or not parts:
-        parts.append(torch.zeros_like(rows[start:], dtype=parts[0].dtype if parts else rows.dtype))
-    return torch.cat(parts)
-
-
-def _show(
-    outputs: Float[Tensor, "N H"],
-    expert_ids: Int[Tensor, " N"],
-    token_ids: Int[Tensor, " N"],
-    gates: Float[Tensor, " N"],
+def _computed(
+    hidden: Float[Tensor, "T H"],
+    expert_ids: Int[Tensor, "T k"],
+    gates: Float[Tensor, "T k"],
     experts: FusedExperts,
-) -> None:
-    """Show the observer what was computed; assignments to no expert are the last ones."""
-    kept = int((expert_ids < experts.num_experts).sum())
-    assert experts.observer is not None
-    shown = ExpertOutputs(outputs[:kept], expert_ids[:kept], token_ids[:kept], gates[:kept])
-    experts.observer(ExpertOutputs(*(values.detach() for values in shown)))
+) -> Float[Tensor, "T H"]:
+    return grouped_ffn(_work(hidden, expert_ids, gates, experts), hidden, gates)
 
 
-def _compiles_per_shape(rows: Float[Tensor, "N H"]) -> bool:
-    """Say whether products run in oneDNN, as bfloat16 ones do on the CPU.
-
-    It compiles a kernel for every number of rows that it meets and keeps the last thousand. Experts
-    meet a new number almost every time, so rows are rounded up there: measured on SmolLM2's size, a
-    third less time and half a gigabyte less memory.
-    """
-    if rows.device.type != "cpu":
-        return False
-    if torch.is_autocast_enabled("cpu"):
-        return torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return rows.dtype == torch.bfloat16
+# Compilers leave it out: how many rows an expert has is known only when it runs.
+_computed = torch.compiler.disable(_computed)  # pyright: ignore
 
 
-def _unbound(experts: FusedExperts) -> list[SingleExpert]:
-    """Return views of every expert's matrices.
+def product_path(hidden: Float[Tensor, "T H"], experts: FusedExperts) -> Choice:
+    """Return how `expert_ffn` would make products of such hidden states here and now, and why."""
+    rows = hidden.new_empty(0, hidden.shape[1], dtype=_products_dtype(hidden))
+    return product_choice(rows, experts.gate_up.transpose(1, 2))
 
-    One unbind for each parameter: indexing it inside autograd would allocate a gradient of its full
-    size for every expert.
-    """
-    none = (None,) * experts.num_experts
-    return [
-        SingleExpert(*matrices)
-        for matrices in zip(
-            experts.gate_up.unbind(),
-            experts.down.unbind(),
-            none if experts.gate_up_bias is None else experts.gate_up_bias.unbind(),
-            none if experts.down_bias is None else experts.down_bias.unbind(),
-            strict=True,
+
+def _work(
+    hidden: Float[Tensor, "T H"],
+    expert_ids: Int[Tensor, "T k"],
+    gates: Float[Tensor, "T k"],
+    experts: FusedExperts,
+) -> Work:
+    dtype = _products_dtype(hidden)
+    work = Work(
+        grouping=group(expert_ids, gates, experts.num_experts),
+        first=_linear(experts, experts.gate_up, "gate_up"),
+        second=_linear(experts, experts.down, "down"),
+        first_bias=experts.gate_up_bias,
+        second_bias=experts.down_bias,
+        combine=_combine(experts.combine, experts.gate_up[:1, :, 0].to(dtype)),
+        norm=None
+        if experts.output_norm is None
+        else _any(experts.output_norm, experts.down[:1, :, 0].to(dtype)),
+        hidden_dropout=experts.hidden_dropout,
+        observer=experts.observer,
+        dtype=dtype,
+        keep=False,
+    )
+    return work.kept_for_backward(hidden, gates)
+
+
+def _linear(experts: FusedExperts, weight: Float[Tensor, "E B A"], name: str) -> ExpertLinear:
+    change = experts.low_rank
+    factors: LowRankFactors | None = None if change is None else change.factors.get(name)
+    if change is None:
+        return FullMatrices(weight)
+    if factors is None:
+        return FullMatrices(weight.detach())
+    return LowRankMatrices.of(weight.detach(), factors, dropout=change.dropout)
+
+
+def _combine(function: Callable[[Tensor], Tensor], example: Float[Tensor, "N F"]) -> Combine:
+    return function if isinstance(function, Plain | Gated) else _any(function, example)
+
+
+def _any(function: Callable[[Tensor], Tensor], example: Float[Tensor, "N F"]) -> AnyCombine:
+    device = example.device.type
+    autocast = partial(
+        torch.autocast,
+        device,
+        dtype=torch.get_autocast_dtype(device),
+        enabled=torch.is_autocast_enabled(device),
+    )
+    captured: Sequence[Tensor] = ()
+    if torch.is_grad_enabled():
+        captured = captured_parameters(function, example)
+    return AnyCombine(function, captured, autocast)
+
+
+def _products_dtype(hidden: Float[Tensor, "T H"]) -> torch.dtype:
+    """Return the dtype of products: autocast's, which leaves float64 alone."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
+
+
+def _require_sizes(hidden: Float[Tensor, "T H"], experts: FusedExperts) -> None:
+    sizes = (experts.gate_up.shape[2], experts.down.shape[1])
+    if sizes != (hidden.shape[1], hidden.shape[1]):
+        raise ModelError(
+            f"Experts take and give hidden states of one size, but these take {sizes[0]} and give {sizes[1]} "
+            f"numbers, and the hidden states have {hidden.shape[1]}."
         )
-    ]
 
 
-def _one_expert(
-    rows: Float[Tensor, "N H"], single: SingleExpert, experts: FusedExperts
-) -> Float[Tensor, "N H"]:
-    product = F.linear(rows, single.gate_up, single.gate_up_bias)
-    inner = experts.combine(product)
-    if experts.hidden_dropout:
-        inner = F.dropout(inner, experts.hidden_dropout)
-    output = F.linear(inner, single.down, single.down_bias)
-    return output if experts.output_norm is None else experts.output_norm(output)
-
-
-def _counts(flat_ids: Int[Tensor, " N"], num_experts: int) -> list[int]:
-    counts: list[int] = torch.bincount(flat_ids, minlength=num_experts).tolist()  # pyright: ignore
-    return counts
+def _require_dtypes(hidden: Float[Tensor, "T H"], experts: FusedExperts) -> None:
+    if torch.is_autocast_enabled(hidden.device.type):
+        return
+    named = {
+        "gate_up": experts.gate_up,
+        "down": experts.down,
+        "gate_up_bias": experts.gate_up_bias,
+        "down_bias": experts.down_bias,
+    }
+    for name, tensor in named.items():
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise ModelError(
+                f"Hidden states and experts must have one dtype outside autocast, but the hidden states are "
+                f"{hidden.dtype} and `{name}` is {tensor.dtype}. Convert the model with `model.to`, or "
+                "run it under torch.autocast."
+            )

@@ -9,7 +9,10 @@ from flanmoe.study.plots.expert_load import expert_loads
 from flanmoe.study.plots.figure import Drawing as Drawing
 from flanmoe.study.plots.loss_curves import loss_curves
 from flanmoe.study.plots.memory import memory
+from flanmoe.study.plots.routing_curves import routing_curves as routing_curves
 from flanmoe.study.plots.scores import scores
+from flanmoe.study.plots.task_loads import task_load as task_load
+from flanmoe.study.plots.task_loads import task_loads
 from flanmoe.study.report_data import ReportData
 
 
@@ -21,5 +24,7 @@ def drawings(data: ReportData) -> tuple[Drawing, ...]:
         paired_differences(data),
         memory(data),
         *expert_loads(data),
+        *task_loads(data),
+        routing_curves(data),
     )
     return tuple(drawing for drawing in drawn if drawing is not None)

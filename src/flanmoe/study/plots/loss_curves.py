@@ -9,7 +9,7 @@ from flanmoe.study.plots.figure import ARM_COLOURS, MARKERS, Drawing, arm_colour
 from flanmoe.study.report_data import ReportData
 from flanmoe.study.report_text import short
 
-_LINE_STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+LINE_STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 _POINTS_WITHOUT_SMOOTHING = 40
 _MOST_ARMS_IN_AXES = 4
 _LEGEND_COLUMNS = 3
@@ -27,8 +27,8 @@ def loss_curves(data: ReportData) -> Drawing | None:
         axes = figure.subplots()
         for arm in arms:
             _draw_curves(axes, arm, data.arms.index(arm))
-        axes.set(xlabel="real tokens trained on", ylabel="loss (nats per token)")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+        axes.set(ylabel="loss (nats per token)")
+        tokens_axis(axes)
         if is_crowded:
             figure.legend(loc="outside lower center", ncols=_LEGEND_COLUMNS, fontsize=9)
         else:
@@ -42,9 +42,15 @@ def loss_curves(data: ReportData) -> Drawing | None:
         )
 
 
+def tokens_axis(axes: Axes) -> None:
+    """Let the horizontal axis be that of tokens trained on."""
+    axes.set(xlabel="real tokens trained on")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+
+
 def _draw_curves(axes: Axes, arm: ArmReport, number: int) -> None:
     # One style further each time the colours start again, so that no two of 24 arms look the same.
-    line_style = _LINE_STYLES[(number + number // len(ARM_COLOURS)) % len(_LINE_STYLES)]
+    line_style = LINE_STYLES[(number + number // len(ARM_COLOURS)) % len(LINE_STYLES)]
     style = {"color": arm_colour(number), "linestyle": line_style}
     for position, curve in enumerate(arm.curves):
         points = [(point.tokens, point.loss) for point in curve.points if point.loss is not None]

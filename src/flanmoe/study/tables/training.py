@@ -1,6 +1,9 @@
 """Tables of how training went: routing, losses, versions."""
 
-from flanmoe.study.arm_report import ArmReport
+from statistics import fmean
+
+from flanmoe.moe.alerts import Alert
+from flanmoe.study.arm_report import ArmReport, ExpertLoadReport
 from flanmoe.study.report_data import ReportData
 from flanmoe.study.report_text import (
     exact,
@@ -8,6 +11,8 @@ from flanmoe.study.report_text import (
     size,
 )
 from flanmoe.study.tables.base import Section, TextTable
+
+_MOST_EXPERTS_NAMED = 6
 
 
 def routing(data: ReportData) -> Section:
@@ -29,8 +34,9 @@ def routing(data: ReportData) -> Section:
             )
         if arm.expert_load is not None:
             tables.append(_load_table(arm))
-    if drops := _drops_table(data):
-        tables.append(drops)
+        if arm.expert_load is not None and arm.expert_load.tasks:
+            tables.append(_task_table(arm, arm.expert_load))
+    tables += [found for found in (_drops_table(data), _alert_table(data)) if found]
     return Section("Routing", tuple(tables))
 
 
@@ -51,6 +57,60 @@ def _load_table(arm: ArmReport) -> TextTable:
         title=f"Share of assignments: {arm.label}",
         note=f"The even share is {percent(1 / load.num_experts)}.",
     )
+
+
+def _task_table(arm: ArmReport, load: ExpertLoadReport) -> TextTable:
+    """How each task uses the experts, as means over layers."""
+    rows = [
+        (
+            task.task,
+            exact(task.tokens),
+            percent(fmean(task.entropy_share)),
+            f"{fmean(max(row) for row in task.shares) * load.num_experts:.2f}",
+            percent(fmean(task.confidence)),
+        )
+        for task in load.tasks
+    ]
+    left_out = load.num_tasks - len(load.tasks)
+    more = f" {left_out} tasks with fewer tokens are left out." if left_out else ""
+    return TextTable(
+        ("task", "tokens", "entropy of its load", "busiest expert", "confidence"),
+        tuple(rows),
+        title=f"Routing by task: {arm.label}",
+        note="Means over layers. Entropy: of the most there is. Busiest expert: times the even share. "
+        f"Confidence: mean largest router probability.{more}",
+    )
+
+
+def _alert_place(alert: Alert) -> str:
+    if not alert.experts:
+        return alert.name
+    named = ", ".join(map(str, alert.experts[:_MOST_EXPERTS_NAMED]))
+    more = ", ..." if len(alert.experts) > _MOST_EXPERTS_NAMED else ""
+    return f"{alert.name}, expert{'s' if len(alert.experts) > 1 else ''} {named}{more}"
+
+
+def _alert_table(data: ReportData) -> TextTable | None:
+    """Every alert about routing; None where there was none."""
+    rows = [
+        (
+            arm.label,
+            one.alert.kind,
+            _alert_place(one.alert),
+            f"{one.alert.value:.3g}",
+            f"{one.alert.limit:.3g}",
+            exact(one.alert.step),
+            "still up" if one.alert.cleared is None else exact(one.alert.cleared),
+            str(one.seed),
+        )
+        for arm in data.arms
+        for one in arm.alerts
+    ]
+    if not rows:
+        return None
+    header = ("arm", "alert", "where", "value", "limit", "raised at step", "cleared", "seed")
+    note = "What each kind means, its limit and what to do: docs/guide/routing_monitor.md."
+    return TextTable(header, tuple(rows), title="Alerts about routing", note=note)
 
 
 def _drops_table(data: ReportData) -> TextTable | None:

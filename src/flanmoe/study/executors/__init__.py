@@ -1,0 +1,1 @@
+"""Executors: where the legs of a study run, one file each."""
