@@ -301,7 +301,7 @@ def test_file_names_say_what_is_inside() -> None:
 def test_tests_lie_where_the_code_lies() -> None:
     folders = {path.name for path in (_ROOT / "tests").iterdir() if path.is_dir()}
     # Beside the packages: kinds of tests that run through several of them.
-    beside = {"parity", "golden", "e2e", "examples", "recipes", "__pycache__"}
+    beside = {"parity", "golden", "e2e", "examples", "recipes", "benchmarks", "__pycache__"}
     assert folders - beside <= set(_ALLOWED)
 
 

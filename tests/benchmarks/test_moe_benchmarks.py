@@ -1,4 +1,4 @@
-"""The benchmarks of expert compute run at a tiny size and print what they promise; figures are not looked at."""
+"""The benchmarks of expert compute run at a tiny size and print what they promise; no figure is looked at."""
 
 import json
 import subprocess

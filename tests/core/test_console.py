@@ -78,3 +78,24 @@ def test_a_terminal_gets_a_bar_with_rate_and_note(monkeypatch: pytest.MonkeyPatc
     assert "3/3" in shown
     assert "steps/s" in shown
     assert "loss 1.25" in shown
+
+
+def test_a_parent_that_draws_is_told_and_nothing_is_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_listeners", [])
+    told: list[tuple[int, str, bool]] = []
+    console.tell_progress_to(lambda step: told.append((step.done, step.note, step.has_ended)))
+    # Called every 0.15 seconds, it tells every other time, and always of the last part.
+    _ticking(monkeypatch, 0.15)
+    with console.progress("  Tuning", total=5, unit="steps") as advance:
+        for step in range(5):
+            advance(note=f"loss {step}")
+    assert told == [
+        (0, "", False),
+        (1, "loss 0", False),
+        (3, "loss 2", False),
+        (5, "loss 4", False),
+        (5, "", True),
+    ]
+    assert capsys.readouterr().err == ""

@@ -118,7 +118,8 @@ def test_who_draws_the_screen_hears_lines_and_progress(
 ) -> None:
     talk = (
         "import flanmoe.core.console as c; c.say('first line'); sys.stderr.write('old\\rnew\\n'); "
-        "bar = c.progress('  Tuning', total=2, unit='steps'); bar.__enter__()(2, note='loss')"
+        "bar = c.progress('  Tuning', total=3, unit='steps'); bar.__enter__()(3, note='loss'); "
+        "bar.__exit__(None, None, None)"
     )
     instead_of_the_report(talk, tmp_path, monkeypatch)
     heard = Heard()
@@ -127,8 +128,9 @@ def test_who_draws_the_screen_hears_lines_and_progress(
     name = "Arm `dense` (seed 0)"
     assert heard.lines == ["first line", "new"]
     assert heard.steps == [
-        (name, Progressed("Tuning", 0, 2, "steps", "")),
-        (name, Progressed("Tuning", 2, 2, "steps", "loss")),
+        (name, Progressed("Tuning", 0, 3, "steps", "")),
+        (name, Progressed("Tuning", 3, 3, "steps", "loss")),
+        (name, Progressed("Tuning", 3, 3, "steps", "", has_ended=True)),
     ]
     assert heard.ends == [name]
     # Nothing is left for the screen that the child does not own.

@@ -103,11 +103,11 @@ def test_on_a_terminal_lines_stand_above_the_table_and_bars_below(board: Board) 
     name = "Arm `a` (seed 0)"
     with display.showing(board):
         display.said("  tune")
-        display.progressed(name, Progressed("Tuning", 3, 8, "steps", "loss 2.5"))
+        display.progressed(name, Progressed("Tuning", 3, 8, "steps", f"loss 2.5 {'long ' * 30}"))
         display.update(board)
         display._live.refresh()
         shown = screen.file.getvalue()
-        display.progressed(name, Progressed("Tuning", 8, 8, "steps", ""))
+        display.progressed(name, Progressed("Tuning", 7, 8, "steps", "", has_ended=True))
         assert display._tasks == {}
         display.progressed(name, Progressed("upcycling", 1, 3, "parts", ""))
         display.ended(name)
@@ -116,7 +116,7 @@ def test_on_a_terminal_lines_stand_above_the_table_and_bars_below(board: Board) 
         r"^  tune$", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\n", shown).replace("\r", ""), re.M
     )
     assert "Arm a (seed 0): Tuning" in shown
-    assert "3/8 steps" in shown
+    assert re.search(r"Tuning ━+.* 3/8 steps", shown)
     assert "loss 2.5" in shown
     assert shown.index("▶ tune") < shown.index("3/8 steps")
     # What stays on the screen is the table without bars.

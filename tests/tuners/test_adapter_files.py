@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, NemotronHConfig, PreTrainedModel
 
 from flanmoe.core.errors import ModelError
 from flanmoe.models.blocks import moe_blocks
@@ -188,6 +188,46 @@ def test_a_shared_expert_goes_there_and_back(tmp_path: Path, logits: Any) -> Non
     torch.testing.assert_close(found, logits(tuner.model), rtol=1e-4, atol=1e-4)
     again = load_adapter(tiny_model("qwen2_moe"), tmp_path)
     assert again.linear.layers.keys() == tuner.linear.layers.keys()
+
+
+def nemotron_h() -> PreTrainedModel:
+    """A native family whose experts have no gate: their first matrices are called `up_proj`."""
+    config = NemotronHConfig(
+        vocab_size=128,
+        hidden_size=32,
+        layers_block_type=["attention", "moe", "attention", "moe"],
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        moe_shared_expert_intermediate_size=24,
+        n_group=1,
+        topk_group=1,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_experts_without_a_gate_go_there_and_back(tmp_path: Path, logits: Any) -> None:
+    model = nemotron_h()
+    model.set_experts_implementation("flanmoe")
+    config = LowRankConfig(kind="low_rank", rank=2)
+    tuner = drawn(attach_low_rank(model, config, torch.Generator().manual_seed(0)))
+    tuner.save(tmp_path)
+    expected = logits(model)
+    found = logits(PeftModel.from_pretrained(nemotron_h(), str(tmp_path)))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    plain = nemotron_h()
+    plain.set_experts_implementation("flanmoe")
+    assert (expected - logits(plain)).abs().max() > 0.1
+    torch.testing.assert_close(logits(load_adapter(plain, tmp_path).model), expected)
+    report = tuner.merge()
+    assert report.changed == 16
 
 
 def test_the_layout_goes_there_and_back() -> None:
