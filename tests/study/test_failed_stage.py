@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
+from flanmoe.cli.main import invoke
 from flanmoe.core.errors import DataError, RunError
 from flanmoe.core.rundir import RunDir
-from flanmoe.study import runner
+from flanmoe.study import launch, runner
+from flanmoe.study.board import Failure
+from flanmoe.study.graph import build_graph
 from flanmoe.study.outcome import rebuild_report
-from flanmoe.study.schedule import StudyError
+from flanmoe.study.schedule import Outcome, StudyError
 from flanmoe.study.study import Study, study_from_mapping
 
 SCORE = {"stage": "evaluate", "label": "score", "tasks": ["exemplars/bbh/navigate"], "limit": 2}
@@ -141,3 +144,31 @@ def test_nothing_finished_is_nothing_to_report(
         RunError, match=r"A report needs an arm that has finished, but in .* none has"
     ):
         rebuild_report(tmp_path / "out")
+
+
+def test_the_command_reports_what_is_finished_and_exits_with_the_failure(
+    study: Study,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    graph = build_graph(study, None)
+    fast = next(branch for branch in graph.branches if branch.arm == "fast")
+    failure = Failure(graph.nodes[fast.stages[0]], ("fast",), DataError("The sums are gone."))
+    answers = {"prepare": {"folder": str(tmp_path)}, "report": {"arms": {"slow": {"tokens": 3}}}}
+    monkeypatch.setattr(launch, "ask", lambda errand: answers[errand.task])
+    monkeypatch.setattr(
+        launch, "run_graph", lambda *others, **named: Outcome(graph.branches[:1], (failure,))
+    )
+    assert invoke(["run", "study.yaml", "--json"]) == 2
+    sentence = (
+        "Stage `tune` of fast failed: The sums are gone. The other arms are in the report; go on with "
+        f"--resume --out {tmp_path}."
+    )
+    printed = capfd.readouterr()
+    assert printed.err.splitlines()[-1] == f"Error: {sentence}"
+    assert json.loads(printed.out) == {
+        "arms": {"slow": {"tokens": 3}},
+        "error": sentence,
+        "exit_status": 2,
+    }

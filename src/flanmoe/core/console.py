@@ -35,6 +35,7 @@ class Progressed:
         done, total: parts done, and all of them.
         unit: what a part is.
         note: a short free text (a loss, a task name).
+        has_ended: whether it is over, which may be before all parts are done.
     """
 
     title: str
@@ -42,6 +43,7 @@ class Progressed:
     total: int
     unit: str
     note: str
+    has_ended: bool = False
 
 
 _listeners: list[Callable[[Progressed], None]] = []
@@ -77,7 +79,8 @@ def progress(title: str, *, total: int, unit: str) -> Generator[Advance]:
     loss, a task name).
     """
     if _listeners:
-        yield _telling(_listeners[0], title, total, unit)
+        with _telling(_listeners[0], title.strip(), total, unit) as advance:
+            yield advance
     elif console.is_terminal:
         with _bar(title, total, unit) as advance:
             yield advance
@@ -111,10 +114,13 @@ def _bar(title: str, total: int, unit: str) -> Generator[Advance]:
         yield advance
 
 
-def _telling(listener: Callable[[Progressed], None], title: str, total: int, unit: str) -> Advance:
+@contextmanager
+def _telling(
+    listener: Callable[[Progressed], None], title: str, total: int, unit: str
+) -> Generator[Advance]:
     done = 0
-    last = 0.0
-    listener(Progressed(title.strip(), 0, total, unit, ""))
+    last = float("-inf")
+    listener(Progressed(title, 0, total, unit, ""))
 
     def advance(amount: int = 1, note: str = "") -> None:
         nonlocal done, last
@@ -122,9 +128,12 @@ def _telling(listener: Callable[[Progressed], None], title: str, total: int, uni
         now = time.monotonic()
         if now - last >= _SECONDS_BETWEEN_TOLD or done >= total:
             last = now
-            listener(Progressed(title.strip(), done, total, unit, note))
+            listener(Progressed(title, done, total, unit, note))
 
-    return advance
+    try:
+        yield advance
+    finally:
+        listener(Progressed(title, done, total, unit, "", has_ended=True))
 
 
 def _plain_lines(title: str, total: int, unit: str, *, every_seconds: float = 15.0) -> Advance:

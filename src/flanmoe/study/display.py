@@ -16,7 +16,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from flanmoe.core.console import Progressed, console, say
@@ -99,14 +99,19 @@ class LiveDisplay:
         self._lock = threading.Lock()
         self._bars = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TextColumn("{task.fields[unit]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            # It has what the others leave; a long one does not take the bar's room.
+            TextColumn(
+                "{task.fields[note]}",
+                table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+            ),
             console=screen,
+            expand=True,
         )
         self._tasks: dict[tuple[str, str], TaskID] = {}
         self._board: Board | None = None
@@ -147,7 +152,7 @@ class LiveDisplay:
                 )
             task = self._tasks[place]
             self._bars.update(task, completed=progress.done, note=progress.note)
-            if progress.done >= progress.total:
+            if progress.has_ended:
                 self._bars.remove_task(self._tasks.pop(place))
 
     def ended(self, name: str) -> None:
