@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from flanmoe.core.errors import ModelError
@@ -203,6 +204,15 @@ def test_forced_experts_are_computed() -> None:
         )
         found = block(hidden, replay=RoutingReplay(forced))[token]
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_an_activation_that_there_is_not_is_refused_by_name() -> None:
+    with pytest.raises(ValidationError) as raised:
+        ExpertsConfig.model_validate({"num_experts": 1, "expert_width": 1, "activation": "swish"})
+    (problem,) = raised.value.errors()
+    assert problem["loc"] == ("activation",)
+    assert problem["msg"] == "Input should be 'relu', 'silu', 'gelu' or 'gelu_tanh'"
+    assert problem["input"] == "swish"
 
 
 @pytest.mark.parametrize(
