@@ -231,7 +231,7 @@ def test_an_exact_mode_that_differs_is_refused() -> None:
     dense = tiny_model("llama")
     sparse = upcycle(dense, UpcycleConfig(), SeedTree(0))
     assert check_step0(dense, sparse, _tokens(), UpcycleConfig()) < 1e-4
-    block = moe_blocks(sparse)[0]
+    block = moe_blocks(sparse)[-1]
     weights = block.read_expert(0)
     block.write_expert(0, ExpertWeights(weights.gate, weights.up, weights.down * 1.5))
     with pytest.raises(ModelError, match=r"must equal the dense model's within 0.001 in float32, "):
