@@ -10,7 +10,7 @@ from flanmoe.study.collect import collect
 from flanmoe.study.executors.local import LocalExecutor
 from flanmoe.study.report import write_report
 from flanmoe.study.runner import run_study
-from flanmoe.study.study import load_study
+from flanmoe.study.study_file import load_study
 
 
 def main(file: str, folder: str) -> None:

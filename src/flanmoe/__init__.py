@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from flanmoe.stages.recipe import UpcycleT5Stage as UpcycleT5Stage
     from flanmoe.statistics.expert_statistics import ExpertStatistics as ExpertStatistics
     from flanmoe.study.study import Study as Study
-    from flanmoe.study.study import load_study as load_study
+    from flanmoe.study.study_file import load_study as load_study
     from flanmoe.training.arguments import TuneConfig as TuneConfig
     from flanmoe.training.router_losses import RouterLossConfig as RouterLossConfig
     from flanmoe.training.trainer import SparseTrainer as SparseTrainer
@@ -111,7 +111,7 @@ _HOMES = {
     "evaluate_suite": "flanmoe.evaluation.suites.run",
     "freeze": "flanmoe.models.freezing",
     "load_model": "flanmoe.models.loading",
-    "load_study": "flanmoe.study.study",
+    "load_study": "flanmoe.study.study_file",
     "load_tokenizer": "flanmoe.models.loading",
     "moe_blocks": "flanmoe.models.blocks",
     "set_expert_dropout": "flanmoe.models.expert_dropout",

@@ -183,3 +183,16 @@ def test_what_overlaps_with_evaluation_is_left_out_and_counted(
     assert list(task.content_hashes) == [example.content_hash() for example in task.examples]
     assert (task.size, task.num_left_out) == (4, 2)
     assert [example.target for example in task.examples[1:3]] == ["a12", "a16"]
+
+
+def test_the_template_of_a_mixture_words_tasks_without_words_of_their_own() -> None:
+    own = {"family": "mathematics"}
+    config = MixtureConfig.parse(
+        {
+            "template": {"family": "answer_cue"},
+            "tasks": ["a", {"name": "b", "renderer": "direct"}, {"name": "c", "template": own}],
+        }
+    )
+    families = [task.template and task.template.family for task in config.tasks]
+    assert families == ["answer_cue", None, "mathematics"]
+    assert MixtureConfig.parse(config.to_mapping()) == config

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flanmoe.core.errors import ConfigError, DataError
@@ -258,3 +259,37 @@ def test_flans_templates_are_those_of_the_data_folder(
     config = TaskConfig.parse({"name": "skies", "template": {"family": "flan/skies"}})
     task = load_task(config, data_dir=tmp_path)
     assert task.renderer(task.examples[0], occasion) == Exchange(user="Grey. Rain?", response="yes")
+
+
+def test_a_number_of_examples_is_drawn_once_and_nested(tmp_path: Path, write_rows: Write) -> None:
+    rows = [{"question": f"q{number}", "answer": f"a{number}"} for number in range(50)]
+    name = str(write_rows(tmp_path / "rows.jsonl", rows))
+
+    def kept(number: int | None) -> list[str]:
+        task = load_task(TaskConfig(name=name, max_examples=number))
+        assert [one.content_hash() for one in task.examples] == list(task.content_hashes)
+        assert task.num_left_out == 0
+        return [example.target for example in task.examples]
+
+    every = kept(None)
+    assert kept(50) == kept(80) == every
+    few, more = kept(5), kept(20)
+    assert (len(few), len(more)) == (5, 20)
+    assert few == kept(5) != every[:5]
+    # A larger number keeps the examples of a smaller one; all stay in the order of the file.
+    assert set(few) < set(more) < set(every)
+    assert more == sorted(more, key=every.index)
+
+
+def test_what_is_removed_from_a_few_examples_is_counted_alone(
+    tmp_path: Path, write_rows: Write
+) -> None:
+    rows = [{"question": f"q{number}", "answer": f"a{number}"} for number in range(50)]
+    task = load_task(
+        TaskConfig(name=str(write_rows(tmp_path / "rows.jsonl", rows)), max_examples=6)
+    )
+    left = task.without(np.array([0, 2]))
+    assert (left.size, left.num_left_out) == (4, 2)
+    assert [one.target for one in left.examples] == [
+        one.target for place, one in enumerate(task.examples) if place not in (0, 2)
+    ]

@@ -14,6 +14,14 @@ import pytest
 from flanmoe.core.errors import FlanmoeError
 from flanmoe.core.ledger import Ledger
 from flanmoe.core.rundir import RunDir
+from flanmoe.study.analysis.budget import ArmCosts, BudgetMatch, budget_matches
+from flanmoe.study.analysis.claim_result import ClaimResult, Measurement
+from flanmoe.study.analysis.control import Control
+from flanmoe.study.analysis.factorial import EffectResult, FactorialTable, RelativeGain
+from flanmoe.study.analysis.metric import ACCURACY, LOSS, NORMALISED_ACCURACY, Metric
+from flanmoe.study.analysis.power import Scale
+from flanmoe.study.analysis.sentences import sentence
+from flanmoe.study.analysis.verdict import Claimed, PValues, Verdict
 from flanmoe.study.arm_report import (
     ArmReport,
     ClusterScore,
@@ -30,8 +38,9 @@ from flanmoe.study.arm_report import (
 )
 from flanmoe.study.executor import Leg, errand
 from flanmoe.study.leg import run_leg
+from flanmoe.study.number_text import Metric as ShownMetric
 from flanmoe.study.plots import Drawing, drawings
-from flanmoe.study.report import html_report
+from flanmoe.study.report import ReportFiles, html_report, write_report
 from flanmoe.study.report_data import (
     Comparison,
     DataReport,
@@ -292,10 +301,293 @@ def one_dense_arm(two_arms: ReportData) -> ReportData:
     return ReportData(study="alone", arms=(bare,))
 
 
+def _measured(
+    estimate: float, reach: float, *, p: float, detectable: float, control: float = 0.81
+) -> Measurement:
+    ends = (estimate - reach, estimate + reach)
+    return Measurement(
+        estimate=estimate,
+        standard_error=reach / 2.4,
+        degrees_of_freedom=5.3,
+        low=ends[0],
+        high=ends[1],
+        t_interval=ends,
+        bootstrap_interval=ends,
+        tests=PValues(p=p, p_holm=min(1.0, 6 * p), p_margin=p, p_margin_holm=min(1.0, 6 * p)),
+        detectable=detectable,
+        sufficient=(Scale(seeds=7, examples=2_480),) if detectable > 0.03 else (),
+        control=Control(
+            planted=detectable, found_share=control, false_share=0.03, level=0.01, num_copies=200
+        ),
+        seeds=(0, 1, 2),
+        num_tasks=12,
+        num_examples=1_240,
+    )
+
+
+def _claim(
+    name: str,
+    statement: str,
+    verdict: Verdict,
+    metric: Metric,
+    found: Measurement | None,
+    *,
+    claimed: Claimed = "higher",
+    margin: float = 0.02,
+    budgets: tuple[BudgetMatch, ...] = (),
+) -> ClaimResult:
+    result = ClaimResult(
+        name=name,
+        statement=statement,
+        metric=metric,
+        contrast="switch-flan-direct \N{MINUS SIGN} dense-flan-direct",
+        claimed=claimed,
+        margin=margin,
+        verdict=verdict,
+        sentence="`switch-flan-finetune` has no scores: seed 1 diverged at step 212.",
+        measurement=found,
+        budgets=budgets,
+        num_claims=6,
+    )
+    return result.model_copy(update={"sentence": sentence(result)}) if found else result
+
+
+def _budgets(ratio: float) -> tuple[BudgetMatch, ...]:
+    costs = {
+        "switch-flan-direct": ArmCosts(tokens=1.0e6, flops_per_token=3.04e8 * ratio),
+        "dense-flan-direct": ArmCosts(tokens=1.0e6, flops_per_token=3.04e8),
+    }
+    sides = ((("switch-flan-direct",), ("dense-flan-direct",)),)
+    return budget_matches(sides, costs, {"flops_per_token": 0.05})
+
+
+@pytest.fixture(scope="session")
+def six_claims() -> tuple[ClaimResult, ...]:
+    """A claim for each verdict, of three metrics."""
+    return (
+        _claim(
+            "sparse-gains-more-from-instructions",
+            "Instruction tuning helps sparse models more than dense ones.",
+            "reproduced",
+            ACCURACY,
+            _measured(0.041, 0.013, p=0.0004, detectable=0.018),
+            budgets=_budgets(1.01),
+        ),
+        _claim(
+            "sparse-below-dense-directly",
+            "Fine-tuned directly, sparse models score below the dense one.",
+            "contradicted",
+            ACCURACY,
+            _measured(-0.013, 0.012, p=0.004, detectable=0.019),
+        ),
+        _claim(
+            "frozen-router-is-harmless",
+            "A frozen router changes the loss by less than 0.03 nats.",
+            "inconclusive",
+            LOSS,
+            _measured(0.011, 0.021, p=0.21, detectable=0.029, control=0.41),
+            claimed="same",
+            margin=0.03,
+        ),
+        _claim(
+            "expert_choice_beats_token_choice_held_out",
+            "Expert choice generalises better than token choice.",
+            "underpowered",
+            NORMALISED_ACCURACY,
+            _measured(3.1, 6.4, p=0.19, detectable=11.2),
+            margin=4.0,
+        ),
+        _claim(
+            "more-experts-help",
+            "Thirty-two experts score above eight.",
+            "not FLOP-matched",
+            ACCURACY,
+            _measured(0.022, 0.017, p=0.01, detectable=0.024),
+            budgets=_budgets(1.31),
+        ),
+        _claim(
+            "gap-closes-with-finetuning",
+            "The gap closes when both are fine-tuned on the task.",
+            "not measured",
+            ACCURACY,
+            None,
+        ),
+    )
+
+
+def _effect(
+    rng: random.Random, name: str, factors: tuple[str, ...], metric: Metric, size: float
+) -> EffectResult:
+    estimate, reach = rng.gauss(0, size), size * rng.uniform(0.4, 1.1)
+    p = 0.0004 if abs(estimate) > reach else 0.3
+    relative = RelativeGain(ratio_of_means=0.131, mean_of_ratios=0.174)
+    if metric == NORMALISED_ACCURACY:
+        reason = "needs finite scores from 0 upwards, but found -0.1. Take the difference in points instead."
+        reasons = tuple(
+            f"{reading}: A relative gain {reason}"
+            for reading in ("ratio of means", "mean of ratios")
+        )
+        relative = RelativeGain(ratio_of_means=None, mean_of_ratios=None, reasons=reasons)
+    return EffectResult(
+        name=name,
+        factors=factors,
+        metric=metric,
+        weights={"switch-flan-direct": 0.5, "dense-flan-direct": -0.5},
+        estimate=estimate,
+        standard_error=reach / 2.4,
+        degrees_of_freedom=4.1,
+        low=estimate - reach,
+        high=estimate + reach,
+        p=p,
+        p_holm=min(1.0, 10 * p),
+        detectable=2.1 * reach,
+        relative=relative if len(factors) == 1 else None,
+    )
+
+
+@pytest.fixture(scope="session")
+def two_effect_tables() -> tuple[FactorialTable, ...]:
+    """Main effects of four factors and their interactions, on two metrics."""
+    rng = random.Random(5)
+    mains = {
+        "router": ("router gshard over switch", "router expert-choice over switch"),
+        "size": ("size base over small", "size large over small"),
+        "general": ("general instruction tuning on over off",),
+        "shots": ("shots 5 over 0",),
+    }
+    tables: list[FactorialTable] = []
+    for metric, size in ((ACCURACY, 0.02), (NORMALISED_ACCURACY, 3.0)):
+        effects = [
+            _effect(rng, name, (factor,), metric, size)
+            for factor, names in mains.items()
+            for name in names
+        ]
+        effects += [
+            _effect(rng, f"{one.name}, and {two.name}", one.factors + two.factors, metric, size)
+            for place, one in enumerate(effects)
+            for two in effects[place + 1 :]
+            if one.factors != two.factors
+        ]
+        found = FactorialTable(
+            effects=tuple(effects),
+            num_arms=24,
+            failed=("switch-flan-finetune",),
+            left_out=("2 examples of mmlu/anatomy that not all runs have were left out.",),
+        )
+        tables.append(found)
+    return tuple(tables)
+
+
+def _curves(rng: random.Random, *, steps: int, start: float, flops: float) -> tuple[LossCurve, ...]:
+    """Three seeds, with what each step cost."""
+    found: list[LossCurve] = []
+    for seed in range(3):
+        points = [
+            point.model_copy(update={"flops": flops * point.tokens})
+            for point in _curve(rng, steps=steps, start=start).points
+        ]
+        found.append(LossCurve(seed=seed, points=tuple(points)))
+    return tuple(found)
+
+
+def _one_of_many(rng: random.Random, label: str) -> ArmReport:
+    sparse = not label.startswith("dense")
+    arm = _sparse(rng) if sparse else _dense(rng)
+    loss, accuracy = 1.65 + rng.gauss(0, 0.05), 0.43 + rng.gauss(0, 0.03)
+    load = _load(rng, num_layers=12, num_experts=8) if sparse else None
+    body = arm.flops.body * (2 if label.startswith("gshard") else 1)
+    return arm.model_copy(
+        update={
+            "label": label,
+            "description": "upcycled to 8 experts, top-2" if sparse else "all weights tuned",
+            "seeds": (0, 1, 2),
+            "flops": arm.flops.model_copy(update={"body": body}),
+            "before": _evaluation(rng, loss=1.912, accuracy=0.412),
+            "after": _evaluation(rng, loss=loss, accuracy=accuracy),
+            "curves": _curves(rng, steps=64, start=1.9 + rng.gauss(0, 0.1), flops=3 * body),
+            "expert_load": load,
+        }
+    )
+
+
+def _compared_with(rng: random.Random, label: str, reference: str) -> Iterator[Comparison]:
+    kind = "tuning" if label == reference else "arms"
+    metrics: tuple[tuple[ShownMetric, float], ...] = (("loss", 0.03), ("accuracy", 0.02))
+    for metric, size in metrics:
+        for seed in range(3):
+            mean = rng.gauss(-size if kind == "tuning" else 0, size)
+            yield Comparison(
+                subject=label,
+                reference=reference,
+                kind=kind,
+                seed=seed,
+                metric=metric,
+                mean=mean,
+                standard_error=size / 2,
+                low=mean - size,
+                high=mean + size,
+                num_examples=1_240,
+            )
+
+
+@pytest.fixture(scope="session")
+def many_arms(
+    two_arms: ReportData,
+    six_claims: tuple[ClaimResult, ...],
+    two_effect_tables: tuple[FactorialTable, ...],
+) -> ReportData:
+    """25 arms of three seeds with claims, factors, and every paired difference."""
+    rng = random.Random(11)
+    labels = [
+        f"{router}-{general}-{setting}"
+        for router in ("dense", "switch", "gshard", "expert-choice")
+        for general in ("flan", "plain")
+        for setting in ("direct", "finetune", "few-shot")
+    ]
+    arms = [_one_of_many(rng, label) for label in [*labels, "switch-flan-direct-32-experts"]]
+    reference = "dense-flan-direct"
+    between = [
+        item
+        for arm in arms
+        if arm.label != reference
+        for item in _compared_with(rng, arm.label, reference)
+    ]
+    tuned = [item for arm in arms for item in _compared_with(rng, arm.label, arm.label)]
+    return two_arms.model_copy(
+        update={
+            "study": "single-gpu-factorial",
+            "baseline": reference,
+            "arms": tuple(arms),
+            "claims": six_claims,
+            "effects": two_effect_tables,
+            "comparisons": (*between, *tuned),
+            "notes": tuple(f"Task number {number} was skipped: no data." for number in range(11)),
+        }
+    )
+
+
 @pytest.fixture(scope="session")
 def two_arms_html(two_arms: ReportData) -> str:
     """The page of `two_arms`, drawn once for all tests that only read it."""
     return html_report(two_arms)
+
+
+@pytest.fixture(scope="session")
+def many_arms_files(many_arms: ReportData, tmp_path_factory: pytest.TempPathFactory) -> ReportFiles:
+    """The report of `many_arms`, drawn once."""
+    return write_report(many_arms, tmp_path_factory.mktemp("many-arms"))
+
+
+@pytest.fixture(scope="session")
+def many_arms_html(many_arms_files: ReportFiles) -> str:
+    """The page of `many_arms`."""
+    return many_arms_files.html.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def many_arms_drawings(many_arms: ReportData) -> tuple[Drawing, ...]:
+    """The figures of `many_arms`, drawn once."""
+    return drawings(many_arms)
 
 
 @pytest.fixture(scope="session")

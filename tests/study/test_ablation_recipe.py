@@ -15,7 +15,7 @@ from flanmoe.study.folder import open_study
 from flanmoe.study.graph import build_graph
 from flanmoe.study.nodes import StageGraph, stage_folder
 from flanmoe.study.runner import run_stage
-from flanmoe.study.study import study_from_mapping
+from flanmoe.study.study_file import study_from_mapping
 from flanmoe.training.router_losses import RouterLossConfig
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "freezing-and-router-losses.yaml"

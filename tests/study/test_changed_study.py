@@ -15,7 +15,8 @@ from flanmoe.study import runner
 from flanmoe.study.leg import locked
 from flanmoe.study.nodes import StageGraph, stage_folder
 from flanmoe.study.records import SeedResults
-from flanmoe.study.study import Study, study_from_mapping
+from flanmoe.study.study import Study
+from flanmoe.study.study_file import study_from_mapping
 
 Ran = list[str]
 

@@ -15,7 +15,8 @@ from flanmoe.study.board import Failure
 from flanmoe.study.graph import build_graph
 from flanmoe.study.outcome import rebuild_report
 from flanmoe.study.schedule import Outcome, StudyError
-from flanmoe.study.study import Study, study_from_mapping
+from flanmoe.study.study import Study
+from flanmoe.study.study_file import study_from_mapping
 
 SCORE = {"stage": "evaluate", "label": "score", "tasks": ["exemplars/bbh/navigate"], "limit": 2}
 

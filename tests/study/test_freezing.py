@@ -25,7 +25,7 @@ from flanmoe.stages.recipe import TuneStage
 from flanmoe.stages.tune import run_tune
 from flanmoe.study.machine import Machine
 from flanmoe.study.plan import ArmPlan, plan_study, refusals
-from flanmoe.study.study import study_from_mapping
+from flanmoe.study.study_file import study_from_mapping
 from flanmoe.testing.tiny_models import tiny_model
 
 _EXPERTS = 2 * 8 * 3 * 32 * 64

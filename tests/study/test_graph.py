@@ -16,7 +16,8 @@ from flanmoe.study.graph import build_graph, changes
 from flanmoe.study.nodes import StageGraph
 from flanmoe.study.plan import plan_study
 from flanmoe.study.records import SeedResults
-from flanmoe.study.study import Study, study_from_mapping
+from flanmoe.study.study import Study
+from flanmoe.study.study_file import study_from_mapping
 
 SCORE = {"stage": "evaluate", "label": "score", "tasks": ["exemplars/bbh/navigate"], "limit": 2}
 

@@ -22,7 +22,7 @@ from flanmoe.data.stream import PackedStream
 from flanmoe.study import launch
 from flanmoe.study.executor import Leg
 from flanmoe.study.runner import run_study
-from flanmoe.study.study import load_study, study_from_mapping
+from flanmoe.study.study_file import load_study, study_from_mapping
 
 STEPS = 6
 _LABELS = ("before", "upcycle", "tune", "after")

@@ -12,7 +12,7 @@ from flanmoe.models.loading import load_config
 from flanmoe.models.plan import count_parameters
 from flanmoe.study.machine import Machine
 from flanmoe.study.plan import ArmPlan, plan_study
-from flanmoe.study.study import study_from_mapping
+from flanmoe.study.study_file import study_from_mapping
 
 _TOKENS = 3 * 4 * 64
 

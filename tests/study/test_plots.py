@@ -6,7 +6,10 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from flanmoe.study import plots
+from flanmoe.study.analysis.factorial import FactorialTable
 from flanmoe.study.arm_report import ArmReport, CurvePoint, ExpertLoadReport, LossCurve
+from flanmoe.study.plots.arm_groups import arm_groups, first_arms
+from flanmoe.study.plots.curve_series import series
 from flanmoe.study.report_data import ReportData
 
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -168,6 +171,97 @@ def test_more_arms_than_styles(two_arms: ReportData) -> None:
     )
     drawn = _named(plots.drawings(two_arms.model_copy(update={"arms": arms, "baseline": ""})))
     assert {f"arm{number}" for number in range(8)} <= set(_texts(drawn["loss-curves"].svg))
+
+
+def test_curves_over_flops_where_these_were_counted(
+    many_arms: ReportData, two_arms_drawings: tuple[plots.Drawing, ...]
+) -> None:
+    few = many_arms.model_copy(update={"arms": many_arms.arms[:2]})
+    drawing = plots.loss_curves(few)
+    assert drawing is not None
+    assert drawing.title == "Training loss over tokens and training FLOPs"
+    assert {"real tokens trained on", "training FLOPs"} <= set(_texts(drawing.svg))
+    assert "127.2 k tokens and 80.99 T FLOPs, mean of 3 seeds" in drawing.alt
+    assert "training FLOPs" not in _texts(_named(two_arms_drawings)["loss-curves"].svg)
+
+
+def test_many_arms_share_panels_by_their_first_word(
+    many_arms: ReportData, many_arms_drawings: tuple[plots.Drawing, ...]
+) -> None:
+    groups = [[arm.label for arm in group] for group in arm_groups(many_arms.arms)]
+    assert [len(group) for group in groups] == [6, 4, 3, 6, 6]
+    assert groups[2][-1] == "switch-flan-direct-32-experts"
+    assert {label for group in groups for label in group} == {arm.label for arm in many_arms.arms}
+    texts = _texts(_named(many_arms_drawings)["loss-curves"].svg)
+    assert texts.count("training FLOPs") == 5
+    # Once in its own group and as the baseline of the others.
+    assert texts.count("dense-flan-direct") == 5
+    assert {arm.label for arm in many_arms.arms} <= set(texts)
+
+
+def test_of_too_many_arms_those_of_claims_come_first(many_arms: ReportData) -> None:
+    kept = first_arms(many_arms, many_arms.arms[::-1], 2)
+    assert [arm.label for arm in kept] == ["switch-flan-direct", "dense-flan-direct"]
+
+
+def test_figures_of_many_arms_are_no_taller_than_a_page(
+    many_arms_drawings: tuple[plots.Drawing, ...],
+) -> None:
+    for drawing in many_arms_drawings:
+        box = re.search(r'viewBox="0 0 [\d.]+ ([\d.]+)"', drawing.svg)
+        assert box is not None
+        assert float(box[1]) / 72 < 13, drawing.name
+
+
+def test_several_seeds_are_a_mean_and_a_band(one_dense_arm: ReportData) -> None:
+    curves = tuple(
+        LossCurve(
+            seed=seed,
+            points=tuple(
+                CurvePoint(tokens=100 * step, loss=2.0 + seed) for step in range(1, 5 - seed)
+            ),
+        )
+        for seed in range(2)
+    )
+    arm = one_dense_arm.arms[0].model_copy(update={"curves": curves})
+    found = series(arm, "tokens")
+    assert found is not None
+    assert found.low is not None
+    assert found.high is not None
+    assert found.spent[[0, -1]].tolist() == [100.0, 300.0]
+    assert set(found.loss.tolist()) == {2.5}
+    assert set(found.low.tolist()) == {2.0}
+    assert set(found.high.tolist()) == {3.0}
+    assert series(arm, "flops") is None
+
+
+def test_main_effects_are_drawn_and_not_more_than_twenty(
+    many_arms_drawings: tuple[plots.Drawing, ...], two_effect_tables: tuple[FactorialTable, ...]
+) -> None:
+    drawing = _named(many_arms_drawings)
+    assert "size large over small: " in drawing["effects"].alt
+    assert ", and " not in drawing["effects"].alt
+    first = two_effect_tables[0].effects[0]
+    many = tuple(
+        first.model_copy(update={"name": f"level-{number}", "p": 1 - number / 100})
+        for number in range(30)
+    )
+    table = two_effect_tables[0].model_copy(update={"effects": many})
+    shown = plots.effects((table,))
+    assert shown is not None
+    assert [text for text in _texts(shown.svg) if text.startswith("level")] == [
+        f"level-{number}" for number in range(10, 30)
+    ]
+    assert "10 effects of larger p-values or further metrics are in the table." in shown.caption
+
+
+def test_of_many_differences_the_largest_between_arms_are_drawn(
+    many_arms_drawings: tuple[plots.Drawing, ...],
+) -> None:
+    drawing = _named(many_arms_drawings)["differences"]
+    assert "Of 294 differences the largest between arms; the table has all." in drawing.caption
+    assert drawing.alt.count("(95 % interval") == 2 * 12 * 3
+    assert "the same model before it" not in drawing.alt
 
 
 def test_of_many_arms_the_baseline_and_the_most_uneven_loads_are_drawn(

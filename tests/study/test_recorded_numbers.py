@@ -22,7 +22,8 @@ from flanmoe.study.outcome import rebuild_report
 from flanmoe.study.plan import plan_study
 from flanmoe.study.report import markdown_report
 from flanmoe.study.report_data import Hardware, ReportData
-from flanmoe.study.study import Study, study_from_mapping
+from flanmoe.study.study import Study
+from flanmoe.study.study_file import study_from_mapping
 
 _STEPS = 4
 _ROWS_PER_STEP = 2

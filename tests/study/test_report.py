@@ -274,7 +274,9 @@ def test_many_arms_have_a_row_each_and_only_what_differs_has_a_column(two_arms: 
     assert found.header == ("", "Time of tuning")
     assert [row[0] for row in found.rows] == [arm.label for arm in arms]
     assert len({row[1] for row in found.rows}) == 2
-    assert found.note.startswith("The same in every arm: Parameters, total: ")
+    assert found.note.startswith(
+        "The same in every arm: Loss after: 1.671 ± 0.044; Accuracy after: "
+    )
     assert "Every arm: tune." in found.note
     assert "before" not in found.note
     assert len(summary(two_arms).header) == 3

@@ -7,17 +7,12 @@ from pydantic import ValidationError
 
 from flanmoe.study.arm_report import Evaluation, ExpertLoadReport, Memory, Score, TaskScore
 from flanmoe.study.report_data import Comparison, Metric, ReportData
+from flanmoe.study.report_limits import limits
 from flanmoe.study.report_text import (
     accuracy_text,
-    claim_sentence,
-    claims,
-    duration,
-    limits,
-    listed,
+    difference_sentence,
+    difference_sentences,
     loss_text,
-    short,
-    signed,
-    size,
     verdict,
 )
 
@@ -63,7 +58,7 @@ def test_a_sentence_says_better_or_worse_only_when_zero_is_excluded(
     ends: tuple[float, float], metric: Metric
 ) -> None:
     low, high = sorted(ends)
-    sentence = claim_sentence(_compared(low, high, metric=metric))
+    sentence = difference_sentence(_compared(low, high, metric=metric))
     decided = low > 0 or high < 0
     assert sentence.startswith(("Better: ", "Worse: ")) == decided
     assert sentence.startswith("No evidence of a difference: ") == (not decided)
@@ -71,15 +66,15 @@ def test_a_sentence_says_better_or_worse_only_when_zero_is_excluded(
 
 
 def test_sentences_in_full() -> None:
-    assert claim_sentence(_compared(-0.0313, -0.0075)) == (
+    assert difference_sentence(_compared(-0.0313, -0.0075)) == (
         "Better: the loss of sparse after tuning is 0.0194 nats per token lower than that of dense "
         "(95 % interval −0.0313 to −0.0075; standard error 0.0100, n = 186)."
     )
-    assert claim_sentence(_compared(-0.04, -0.02, metric="accuracy")) == (
+    assert difference_sentence(_compared(-0.04, -0.02, metric="accuracy")) == (
         "Worse: the accuracy of sparse after tuning is 3.0 percentage points lower than that of dense "
         "(95 % interval −4.0 to −2.0; standard error 1.0, n = 186)."
     )
-    assert claim_sentence(_compared(-0.01, 0.03)) == (
+    assert difference_sentence(_compared(-0.01, 0.03)) == (
         "No evidence of a difference: the loss of sparse after tuning minus that of dense is +0.0100 nats "
         "per token, and its interval includes zero "
         "(95 % interval −0.0100 to +0.0300; standard error 0.0100, n = 186)."
@@ -110,7 +105,7 @@ def test_every_seed_is_named_in_the_verdict(two_arms: ReportData) -> None:
         "Against dense, sparse after tuning shows a better loss (0.0194 nats per token lower, seed 1) and no "
         "measurable difference in loss (seed 2); it costs 1.00×"
     )
-    assert claim_sentence(first).endswith("n = 186, seed 1).")
+    assert difference_sentence(first).endswith("n = 186, seed 1).")
 
 
 def _many(two_arms: ReportData, decided: int) -> ReportData:
@@ -134,24 +129,87 @@ def test_of_many_arms_those_that_differ_come_first_and_the_others_in_one_sentenc
     assert verdict(_many(two_arms, 0)) == (
         "Against dense, 14 arms show no measurable difference in loss."
     )
+    assert verdict(_many(two_arms, 10)) == (
+        "Against dense, 10 of 14 arms show a measurable difference: 10 a better loss. "
+        "Against dense, 4 other arms show no measurable difference in loss."
+    )
     assert "other" not in verdict(_many(two_arms, 14))
+
+
+def test_where_many_differ_they_are_gathered_by_what_they_show(two_arms: ReportData) -> None:
+    worse = _compared(0.01, 0.03).model_copy(update={"subject": "late", "seed": 1})
+    seeds = [worse.model_copy(update={"subject": "both", "seed": seed}) for seed in (0, 1)]
+    unclear = _compared(-0.01, 0.03).model_copy(update={"subject": "late", "seed": 0})
+    told = difference_sentences([*_many(two_arms, 14).comparisons, worse, *seeds, unclear])
+    assert told == (
+        (
+            "better",
+            "Better: loss lower than that of dense, each interval excludes zero: arm-0, arm-1, arm-2, arm-3, "
+            "arm-4, arm-5 and 8 more.",
+        ),
+        (
+            "worse",
+            "Worse: loss higher than that of dense, each interval excludes zero: late (seed 1) and both.",
+        ),
+        (
+            "unclear",
+            "No evidence of a difference in loss from dense, each interval includes zero: late (seed 0).",
+        ),
+    )
+
+
+def test_many_comparisons_of_many_arms_stay_a_dozen_sentences(many_arms: ReportData) -> None:
+    assert len(many_arms.comparisons) == 294
+    assert len(difference_sentences(many_arms.comparisons)) <= 12
+    without = many_arms.model_copy(update={"claims": ()})
+    assert verdict(without) == (
+        "Against dense-flan-direct, 22 of 24 arms show a measurable difference with at least one seed: 9 a "
+        "better loss, 10 a worse loss, 10 a worse accuracy and 13 a better accuracy. Against "
+        "dense-flan-direct, 2 other arms show no measurable difference in loss or accuracy."
+    )
+    assert len(limits(many_arms)) < 10
+
+
+def test_many_arms_of_other_budgets_are_told_in_one_sentence(many_arms: ReportData) -> None:
+    found = _about(limits(many_arms), "no comparison at equal compute")
+    assert len(found) == 1
+    assert found[0].startswith(
+        "6 arms spend 1.70× the FLOPs per token of dense-flan-direct: gshard-flan-direct, "
+    )
+    arms = [
+        arm.model_copy(
+            update={"ledger": arm.ledger.model_copy(update={"real_tokens": 1000 + number})}
+        )
+        for number, arm in enumerate(many_arms.arms)
+    ]
+    first = arms[0].model_copy(update={"ledger": many_arms.arms[0].ledger})
+    found = _about(
+        limits(many_arms.model_copy(update={"arms": (first, *arms[1:])})), "at equal data"
+    )
+    assert len(found) == 1
+    assert found[0].startswith(
+        "dense-flan-direct was tuned on 127,168 tokens, and 24 arms on 1,001 to 1,024: dense-flan-finetune, "
+    )
+    assert "and 16 more" in found[0]
 
 
 def test_of_many_comparisons_those_that_show_nothing_are_gathered(two_arms: ReportData) -> None:
     comparisons = list(_many(two_arms, 2).comparisons)
     comparisons[-1] = comparisons[-1].model_copy(update={"seed": 3})
-    told = claims(comparisons)
-    assert told[:2] == tuple(("better", claim_sentence(item)) for item in comparisons[:2])
-    names = ", ".join(f"arm-{number}" for number in range(2, 13))
+    told = difference_sentences(comparisons)
+    assert told[:2] == tuple(("better", difference_sentence(item)) for item in comparisons[:2])
     assert told[2:] == (
         (
             "unclear",
             "No evidence of a difference in loss from dense, each interval includes zero: "
-            f"{names} and arm-13 (seed 3).",
+            "arm-2, arm-3, arm-4, arm-5, arm-6, arm-7 and 6 more.",
         ),
     )
+    assert difference_sentences(comparisons[1:])[-1][1].endswith("arm-7 and 6 more.")
     few = comparisons[:12]
-    assert claims(few) == tuple((item.verdict, claim_sentence(item)) for item in few)
+    assert difference_sentences(few) == tuple(
+        (item.verdict, difference_sentence(item)) for item in few
+    )
 
 
 def test_without_comparisons_nothing_is_claimed(one_dense_arm: ReportData) -> None:
@@ -217,56 +275,6 @@ def test_arms_on_different_data_are_said_to_be(two_arms: ReportData) -> None:
     assert not _about(limits(two_arms), "the same data")
 
 
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [
-        (0, "0"),
-        (999, "999"),
-        (1000, "1.000 k"),
-        (127_168, "127.2 k"),
-        (999_960, "1.000 M"),
-        (134_515_008, "134.5 M"),
-        (1.193e14, "119.3 T"),
-        (2.5e21, "2500. E"),
-    ],
-)
-def test_short_counts(number: float, text: str) -> None:
-    assert short(number) == text
-
-
-@given(number=st.integers(1000, 10**18))
-def test_short_counts_are_right_to_four_digits(number: int) -> None:
-    value, suffix = short(number).split(" ")
-    factor = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}[suffix]
-    assert float(value) * factor == pytest.approx(number, rel=5.1e-4)
-    assert 1 <= float(value) < 1000
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (8.44, "8.4 s"),
-        (59.94, "59.9 s"),
-        (312.2, "5 min 12 s"),
-        (3599.7, "1 h 00 min"),
-        (7502, "2 h 05 min"),
-        (86340, "23 h 59 min"),
-        (36 * 3600, "1.5 days"),
-        (3 * 365.25 * 86400, "3 years"),
-    ],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-def test_sizes_and_signs() -> None:
-    assert size(int(7.42 * 2**30)) == "7.42 GiB"
-    assert size(3 * 2**20) == "3.0 MiB"
-    assert signed(-0.0213, 3) == "−0.021"
-    assert signed(0.0213, 3) == "+0.021"
-    assert signed(-0.00001, 3) == "0.000"
-
-
 def test_scores_with_and_without_errors() -> None:
     assert loss_text(Score(mean=1.8424, standard_error=0.0312, num_examples=9)) == "1.842 ± 0.031"
     assert loss_text(Score(mean=1.8424, num_examples=1)) == "1.842"
@@ -274,15 +282,6 @@ def test_scores_with_and_without_errors() -> None:
     assert loss_text(None) == "not evaluated"
     assert accuracy_text(Score(mean=0.413, standard_error=0.031, num_examples=9)) == "41.3 % ± 3.1"
     assert accuracy_text(None) == "no choices"
-
-
-def test_lists_of_words() -> None:
-    assert [listed([]), listed(["a"]), listed(["a", "b"]), listed(["a", "b", "c"])] == [
-        "",
-        "a",
-        "a and b",
-        "a, b and c",
-    ]
 
 
 def test_an_interval_upside_down_is_refused() -> None:

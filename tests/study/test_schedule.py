@@ -41,7 +41,7 @@ def node(name: str, parent: str | None = None, **changes: Any) -> Node:
         "versions": {},
         "lengths": (64, None),
         "memory_bytes": GIB,
-        "seconds": 1.0,
+        "seconds": 100.0,
     }
     return Node(**{**values, **changes})
 
@@ -371,3 +371,51 @@ def test_the_time_left_is_the_plan_corrected_by_what_was_measured(
     assert two.seconds_left() == pytest.approx((30 + 5) * 2 / 10 / 2)
     unplanned = graph_of([node("start", seconds=0.0)], {"a": ["start"]})
     assert Board(run.path, unplanned, workers=1).seconds_left() is None
+
+
+def tree(seconds: float, number: int = 4) -> StageGraph:
+    """A start that takes long, and tunings from it of so many seconds, each scored in one."""
+    arms = [f"{place:02d}" for place in range(number)]
+    return graph_of(
+        [
+            node("start"),
+            *(node(f"tune{arm}", "start", seconds=seconds) for arm in arms),
+            *(node(f"score{arm}", f"tune{arm}", seconds=1.0) for arm in arms),
+        ],
+        {arm: ["start", f"tune{arm}", f"score{arm}"] for arm in arms},
+    )
+
+
+def test_stages_shorter_than_a_process_takes_to_start_go_along(
+    study_in: Callable[..., RunDir],
+) -> None:
+    stages = Stages()
+    run_graph(study_in(tree(5.0)), stages, data_dir=None)
+    assert stages.legs == [
+        ["start", "tune00", "score00"]
+        + [f"{kind}{arm:02d}" for kind in ("tune", "score") for arm in (1, 2, 3)]
+    ]
+
+
+def test_longer_stages_have_a_process_of_their_own(study_in: Callable[..., RunDir]) -> None:
+    stages = Stages()
+    run_graph(study_in(tree(9.0)), stages, data_dir=None)
+    assert [leg[0] for leg in stages.legs] == ["start", "tune01", "tune02", "tune03"]
+
+
+def test_no_more_goes_along_than_leaves_work_for_others(study_in: Callable[..., RunDir]) -> None:
+    stages = Stages()
+    run_graph(study_in(tree(7.5, number=30)), stages, data_dir=None)
+    # Ten tunings are 75 seconds, and five scores fit beside them.
+    assert sum(label.startswith("tune") for label in stages.legs[0]) == 1 + 10
+    assert sum(label.startswith("score") for label in stages.legs[0]) == 1 + 5
+    assert sorted(stages.ran) == sorted(label for leg in stages.legs for label in leg)
+
+
+def test_one_that_goes_along_and_fails_stops_its_own_arm_alone(
+    study_in: Callable[..., RunDir],
+) -> None:
+    stages = Stages(fails={"tune01": UserError("no")})
+    outcome = run_graph(study_in(tree(5.0)), stages, data_dir=None)
+    assert [branch.arm for branch in outcome.finished] == ["00", "02", "03"]
+    assert [str(failure.error) for failure in outcome.failures] == ["no"]

@@ -8,7 +8,8 @@ import yaml
 
 from flanmoe.core.errors import ConfigError
 from flanmoe.data.tasks import load_tasks
-from flanmoe.study.study import Study, load_study, study_from_mapping
+from flanmoe.study.study import Study
+from flanmoe.study.study_file import load_study, study_from_mapping
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -26,7 +26,7 @@ def plan(
     """
     from flanmoe.core.console import show_table
     from flanmoe.study.plan import plan_study, plan_tables
-    from flanmoe.study.study import load_study
+    from flanmoe.study.study_file import load_study
 
     with machine_output(as_json) as emit:
         planned = plan_study(load_study(file, overrides=overrides or [], profile=profile), data_dir)

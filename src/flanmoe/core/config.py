@@ -127,6 +127,19 @@ def set_values(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
     return result
 
 
+def merged(base: Any, over: Any) -> Any:
+    """Merge mappings deeply; anything else in `over` replaces what is in `base`."""
+    if not (isinstance(base, Mapping) and isinstance(over, Mapping)):
+        return _copy(over)
+    below, above = cast("Mapping[Any, Any]", base), cast("Mapping[Any, Any]", over)
+    return {
+        key: merged(below[key], above[key])
+        if key in below and key in above
+        else _copy(above.get(key, below.get(key)))
+        for key in {**below, **above}
+    }
+
+
 def _scalar(text: str) -> Any:
     # YAML 1.1 reads 1e-4 (no dot) as a string; people mean the number.
     try:

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from flanmoe.core.config import Config
 from flanmoe.core.console import warn
@@ -24,8 +25,9 @@ from flanmoe.core.seeds import SeedTree
 from flanmoe.data.contamination import EvaluationIndex, overlapping_rows
 from flanmoe.data.example import Example
 from flanmoe.data.flan2022 import Flan2022, flan2022_tasks
+from flanmoe.data.renderers.template import TemplateConfig
 from flanmoe.data.sources.base import EVALUATION_ONLY_REASON
-from flanmoe.data.tasks import Task, TaskConfig, load_tasks
+from flanmoe.data.tasks import Task, TaskConfig, load_tasks, worded
 
 
 class MixtureConfig(Config):
@@ -33,6 +35,7 @@ class MixtureConfig(Config):
 
     Attributes:
         tasks: the tasks; each a mapping, or just its name.
+        template: wordings of every task in `tasks` that has neither a template nor a renderer of its own.
         flan2022: the mixture of FLAN 2022 over whatever of its tasks the data folder holds; in place of
             `tasks`, or beside tasks that have rates.
         held_out: clusters, or names of tasks, that are left out of what the rest names.
@@ -43,12 +46,22 @@ class MixtureConfig(Config):
             own. It limits the rate only: every example is still drawn once an epoch.
     """
 
+    # Before `tasks`, which are checked with it in hand.
+    template: TemplateConfig | None = None
     tasks: tuple[TaskConfig, ...] = ()
     flan2022: Flan2022 | None = None
     held_out: tuple[str, ...] = ()
     without_overlap_of: tuple[TaskConfig, ...] = ()
     temperature: float = Field(default=1.0, gt=0)
     maximum_per_task: int | None = Field(default=None, ge=1)
+
+    # `info` is pydantic's `ValidationInfo`, a protocol that nothing can be checked against when it runs.
+    @field_validator("tasks")
+    @classmethod
+    def _tasks_have_the_template(
+        cls, value: tuple[TaskConfig, ...], info: Any
+    ) -> tuple[TaskConfig, ...]:
+        return tuple(worded(task, info.data.get("template")) for task in value)
 
     @model_validator(mode="after")
     def _something_is_drawn(self) -> "MixtureConfig":

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from flanmoe.core.config import Config
 from flanmoe.core.errors import ConfigError, DataError
 from flanmoe.core.names import listing, nearest_name_hint
+from flanmoe.core.seeds import SeedTree
 from flanmoe.data.catalogue import known_set
 from flanmoe.data.chosen import Chosen
 from flanmoe.data.example import Example
@@ -49,6 +50,8 @@ class TaskConfig(Config):
         cap: largest size that the task counts with when there are no rates.
         cap_by: field of the records whose values are tasks of their own (`task` of P3): `cap` holds for each
             of them.
+        max_examples: keep so many examples, drawn once: the same in every run and for every seed, those of a
+            smaller number among those of a larger one. For few-shot training.
         max_tokens: budget of tokens, prompts included. Once the rows trained on hold as many of it, the task
             is drawn no more, and the others share its rate.
         cluster: name under which results are grouped; by default the family, or the name.
@@ -69,6 +72,7 @@ class TaskConfig(Config):
     rate: float | None = Field(default=None, gt=0)
     cap: int | None = Field(default=None, ge=1)
     cap_by: str | None = None
+    max_examples: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
     cluster: str | None = None
     labels: dict[str, str] | None = Field(default=None, min_length=2)
@@ -133,6 +137,17 @@ class TaskConfig(Config):
         return f"{self.name}{subset}{split}{renderer}"
 
 
+_AnyTask = TypeVar("_AnyTask", bound=TaskConfig)
+
+
+def worded(task: _AnyTask, template: TemplateConfig | None) -> _AnyTask:
+    """Return a task with a template, where it names neither a template nor a renderer of its own."""
+    has_own = task.template is not None or task.renderer != AUTO
+    if template is None or has_own:
+        return task
+    return task.model_copy(update={"template": template})
+
+
 class Task:
     """A task, its examples read on first use.
 
@@ -148,7 +163,7 @@ class Task:
         self.config = config
         self.source = source
         self._exemplars = exemplars
-        self._kept: Int[np.ndarray, " K"] | None = None
+        self._num_removed = 0
         self.name = config.identity
         self.cluster = config.cluster or _default_cluster(config.name)
 
@@ -201,6 +216,7 @@ class Task:
         task = Task(self.config, self.source, exemplars=self._exemplars)
         before = np.arange(len(self._store.examples)) if self._kept is None else self._kept
         task._kept = np.delete(before, rows)
+        task._num_removed = self._num_removed + len(rows)
         return task
 
     @property
@@ -221,7 +237,7 @@ class Task:
     @property
     def num_left_out(self) -> int:
         """Examples that were left out on request (`without`)."""
-        return len(self._store.examples) - self.size
+        return self._num_removed
 
     @property
     def scorer(self) -> str:
@@ -230,6 +246,15 @@ class Task:
 
     def _chosen(self, items: Sequence[_Item]) -> Sequence[_Item]:
         return items if self._kept is None else Chosen(items, self._kept)
+
+    @cached_property
+    def _kept(self) -> Int[np.ndarray, " K"] | None:
+        """Rows of the source that are used, None for all."""
+        number, total = self.config.max_examples, len(self._store.examples)
+        if number is None or number >= total:
+            return None
+        draws = SeedTree(0).child("max_examples").child(self.config.name).numpy()
+        return np.sort(draws.permutation(total)[:number])
 
     @cached_property
     def _store(self) -> ExampleStore:

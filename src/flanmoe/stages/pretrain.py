@@ -86,6 +86,8 @@ def run_pretrain(
     train = stage.train
     flops = count_row_flops(model, length=train.length, target_length=train.target_length)
     size = tuning_size(model, train)
+    rows = train.steps * train.rows_per_step
+    say(f"    goes through the texts {rows / stream.rows_per_epoch:.2f} times ({rows:,} rows)")
     checkpoint = latest_checkpoint(context.run.path)
     if checkpoint is not None:
         say(f"    going on from {checkpoint.name}")

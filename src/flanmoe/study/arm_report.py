@@ -100,10 +100,12 @@ class CurvePoint(Config):
         tokens: real tokens (padding left out) trained on so far.
         loss: cross-entropy of the step in nats per loss token, router losses left out; None where it is
             not finite.
+        flops: floating-point operations of the arm's tunings so far; None where they were not counted.
     """
 
     tokens: int
     loss: Measured
+    flops: float | None = None
 
 
 class LossCurve(Config):

@@ -12,6 +12,10 @@ from flanmoe.evaluation.comparison import CONFIDENCE_LEVEL, PairedDifference, co
 from flanmoe.evaluation.metrics import Estimate
 from flanmoe.evaluation.results import SuiteResult
 from flanmoe.stages.tune import TuneStageResult
+from flanmoe.study.analysis.analyse import analyse
+from flanmoe.study.analysis.claim_result import ClaimResult
+from flanmoe.study.analysis.factorial import FactorialTable, factorial_effects
+from flanmoe.study.analysis.factors import main_effects
 from flanmoe.study.arm_report import (
     ArmReport,
     ClusterScore,
@@ -24,12 +28,14 @@ from flanmoe.study.arm_report import (
     Score,
     TaskScore,
 )
+from flanmoe.study.number_text import Metric
+from flanmoe.study.observed import Observed, arm_costs, observe
 from flanmoe.study.records import SeedResults, finished_results, unfinished
-from flanmoe.study.report_data import Comparison, Metric, ReportData
+from flanmoe.study.report_data import Comparison, ReportData
 from flanmoe.study.report_mixtures import data_report
 from flanmoe.study.report_notes import machines, notes, step0_difference, warnings
 from flanmoe.study.report_routing import alerts, expert_load, routing_curve
-from flanmoe.study.study import Study
+from flanmoe.study.study import Arm, Study
 
 
 def collect(study: Study, run: RunDir) -> ReportData:
@@ -40,6 +46,7 @@ def collect(study: Study, run: RunDir) -> ReportData:
     """
     arms = finished_results(study, run)
     data = data_report(arms)
+    observed = observe(study, arms)
     reports = tuple(_arm_report(study, name, seeds) for name, seeds in arms.items())
     return ReportData(
         study=study.name,
@@ -51,10 +58,41 @@ def collect(study: Study, run: RunDir) -> ReportData:
         baseline=study.baseline_arm if study.baseline_arm in arms else "",
         arms=reports,
         data=data,
-        comparisons=tuple(_comparisons(study, arms)),
-        warnings=(*unfinished(run), *warnings(arms)),
+        claims=_claims(study, arms, observed),
+        effects=_effects(study, observed),
+        # Claims say what is compared with what; without them every arm is, with the baseline.
+        comparisons=() if study.claims else tuple(_comparisons(study, arms)),
+        warnings=(*unfinished(run), *warnings(arms), *observed.notes),
         notes=tuple(notes(arms, data.mixtures)),
     )
+
+
+def _claims(
+    study: Study, arms: Mapping[str, Sequence[SeedResults]], observed: Observed
+) -> tuple[ClaimResult, ...]:
+    if not study.claims:
+        return ()
+    return analyse(
+        observed.observations,
+        study.resolved_claims,
+        arm_costs(study, arms),
+        seeds=SeedTree(study.seeds[0]).child("claims"),
+    )
+
+
+def _effects(study: Study, observed: Observed) -> tuple[FactorialTable, ...]:
+    """Effects of the factors on every metric; none where no two arms differ in one factor alone."""
+    found: list[FactorialTable] = []
+    for metric in observed.observations.measured():
+        arms = {
+            arm: factors
+            for arm, factors in study.factors.items()
+            if observed.observations.has(metric, arm)
+        }
+        if main_effects(arms):
+            seeds = SeedTree(study.seeds[0]).child("effects").child(metric)
+            found.append(factorial_effects(observed.observations, metric, seeds=seeds))
+    return tuple(found)
 
 
 def _arm_report(study: Study, name: str, seeds: Sequence[SeedResults]) -> ArmReport:
@@ -62,7 +100,7 @@ def _arm_report(study: Study, name: str, seeds: Sequence[SeedResults]) -> ArmRep
     ledgers = [tuned.training.ledger for seed in seeds for tuned in seed.tunings.values()]
     return ArmReport(
         label=name,
-        description=", then ".join(stage.label for stage in study.arms[name].stages),
+        description=_description(study.arms[name]),
         seeds=tuple(seed.seed for seed in seeds),
         parameters=first.parameters,
         flops=first.flops,
@@ -78,6 +116,11 @@ def _arm_report(study: Study, name: str, seeds: Sequence[SeedResults]) -> ArmRep
         router_losses=_router_losses(first.tuned) if first.tuned else None,
         step0_max_abs_diff=step0_difference(seeds),
     )
+
+
+def _description(arm: Arm) -> str:
+    stages = ", then ".join(stage.label for stage in arm.stages)
+    return f"{arm.description}: {stages}" if arm.description else stages
 
 
 def _memory(seed: SeedResults) -> Memory | None:
@@ -110,13 +153,21 @@ def _pretraining(seed: SeedResults) -> tuple[PretrainingReport, ...]:
 def _curve(seed: SeedResults) -> LossCurve:
     """The losses of all tunings of one seed, one after the other."""
     points: list[CurvePoint] = []
-    tokens_before = 0
+    tokens_before, flops_before = 0, 0.0
     for tuned in seed.tunings.values():
+        ledger = tuned.training.ledger
+        # Rows of one size cost alike, so FLOPs grow with tokens as they were counted for the whole.
+        flops_per_token = ledger.flops / ledger.real_tokens if ledger.real_tokens else 0.0
         points += [
-            CurvePoint(tokens=tokens_before + point.tokens, loss=point.loss)
+            CurvePoint(
+                tokens=tokens_before + point.tokens,
+                loss=point.loss,
+                flops=flops_before + flops_per_token * point.tokens,
+            )
             for point in tuned.training.loss_history
         ]
-        tokens_before += tuned.training.ledger.real_tokens
+        tokens_before += ledger.real_tokens
+        flops_before += ledger.flops
     return LossCurve(seed=seed.seed, points=tuple(points))
 
 

@@ -13,7 +13,8 @@ from flanmoe.evaluation.results import SkippedTask
 from flanmoe.evaluation.suites import SuiteConfig, load_suite
 from flanmoe.stages.recipe import EvaluateStage, TuneStage
 from flanmoe.stages.task_names import named_tasks
-from flanmoe.study.study import Arm, Study, load_study
+from flanmoe.study.study import Arm, Study
+from flanmoe.study.study_file import load_study
 
 Use = Literal["named", "tuned", "evaluated"]
 

@@ -9,8 +9,11 @@ from rich.table import Table
 from flanmoe.core.config import Config
 from flanmoe.study.arm_plan import StageCost
 from flanmoe.study.nodes import Node, StageGraph
-from flanmoe.study.report_text import duration
-from flanmoe.study.report_text import size as size_text
+from flanmoe.study.number_text import duration
+from flanmoe.study.number_text import size as size_text
+
+# Beyond these a cell of the table counts the arms.
+_MOST_ARMS_NAMED = 3
 
 
 class StagePlan(Config):
@@ -150,7 +153,7 @@ def graph_table(plans: Sequence[StagePlan], total: GraphTotal, num_arms: int) ->
         cost = plan.cost
         table.add_row(
             f"{'  ' * plan.depth}{cost.label}",
-            "all" if len(plan.arms) == num_arms > 1 else ", ".join(plan.arms),
+            _arms_text(plan.arms, num_arms),
             str(plan.runs),
             f"{cost.parameters.total / 1e6:,.1f} M",
             f"{cost.flops:.1e}" if cost.flops else "-",
@@ -159,6 +162,14 @@ def graph_table(plans: Sequence[StagePlan], total: GraphTotal, num_arms: int) ->
             duration(cost.seconds),
         )
     return table
+
+
+def _arms_text(arms: Sequence[str], num_arms: int) -> str:
+    if len(arms) == num_arms > 1:
+        return "all"
+    return (
+        ", ".join(arms) if len(arms) <= _MOST_ARMS_NAMED else f"{arms[0]} and {len(arms) - 1} more"
+    )
 
 
 def _depth(graph: StageGraph, node: Node) -> int:

@@ -11,9 +11,11 @@ from flanmoe.study.arm_report import ArmReport, Evaluation, Score
 from flanmoe.study.collect import collect
 from flanmoe.study.executor import COSTS_FILE
 from flanmoe.study.records import SeedResults, finished_results, unfinished
-from flanmoe.study.report import summary_table, write_report
+from flanmoe.study.report import claims_terminal_table, summary_table, write_report
 from flanmoe.study.report_data import ReportData
 from flanmoe.study.study import Study
+
+_MOST_ARMS_SHOWN = 8
 
 
 def rebuild_report(folder: Path | str) -> dict[str, Any]:
@@ -28,13 +30,19 @@ def rebuild_report(folder: Path | str) -> dict[str, Any]:
     study = Study.parse(read_yaml(run.file("recipe.yaml")), origin="recipe.yaml")
     data = collect(study, run)
     paths = write_report(data, run.path)
-    show_table(summary_table(data))
+    claims = claims_terminal_table(data)
+    if claims is not None:
+        show_table(claims)
+    # Of many arms a terminal shows only slivers of columns; the report has room for them.
+    if len(data.arms) <= _MOST_ARMS_SHOWN:
+        show_table(summary_table(data))
     for sentence in data.warnings:
         warn(sentence)
     results = finished_results(study, run)
     models = {arm: seeds[0].final_model for arm, seeds in results.items()}
-    for arm, model in models.items():
-        say(f"Model of {arm}: {model}")
+    if len(models) <= _MOST_ARMS_SHOWN:
+        for arm, model in models.items():
+            say(f"Model of {arm}: {model}")
     say(f"Report: {paths.html}")
     return _summary(study, run, data, results) | {
         "models": models,
@@ -60,6 +68,7 @@ def _summary(
         "seconds": sum(row["seconds"] for row in run.rows(COSTS_FILE)),
         "peak_memory_bytes": _peak_memory(run, results),
         "expert_load": [list(row) for row in loads[0].shares] if loads else None,
+        "claims": [item.to_mapping() for item in data.claims],
         "comparisons": [item.to_mapping() | {"verdict": item.verdict} for item in data.comparisons],
     }
 

@@ -8,14 +8,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from flanmoe.core.cache import fingerprint
 from flanmoe.core.config import Config
-from flanmoe.core.seeds import SeedTree
-from flanmoe.data.documents import load_documents
-from flanmoe.data.mixture import Mixture
-from flanmoe.evaluation.suites import load_evaluation, warn_of_skipped
-from flanmoe.stages.recipe import EvaluateStage, PretrainStage, TuneStage
+from flanmoe.stages.recipe import PretrainStage, TuneStage
 from flanmoe.study.arm_plan import ArmPlan, plan_arm
+from flanmoe.study.data_read import DataRead, read_data
 from flanmoe.study.graph import build_graph
 from flanmoe.study.graph_plan import (
     GraphTotal,
@@ -28,10 +24,12 @@ from flanmoe.study.graph_plan import (
 )
 from flanmoe.study.machine import Machine, this_machine
 from flanmoe.study.nodes import StageGraph
-from flanmoe.study.report_text import duration
-from flanmoe.study.report_text import short as short_text
-from flanmoe.study.report_text import size as size_text
+from flanmoe.study.number_text import duration
+from flanmoe.study.number_text import short as short_text
+from flanmoe.study.number_text import size as size_text
 from flanmoe.study.study import Study
+
+_MOST_ARM_COLUMNS = 6
 
 
 class StudyPlan(Config):
@@ -71,9 +69,9 @@ def plan_study(study: Study, data_dir: Path | None, *, folder: Path | None = Non
             or given expert dropout as asked.
         DataError: if a task is not known or cannot be read.
     """
-    num_questions = _read_data(study, data_dir)
+    read = read_data(study, data_dir)
     graph = build_graph(study, data_dir)
-    return _planned(study, graph, num_questions, folder=folder, workers=1)[0]
+    return _planned(study, graph, read, folder=folder, workers=1)[0]
 
 
 def plan_graph(
@@ -91,19 +89,19 @@ def plan_graph(
     Raises:
         UserError: see `plan_study`.
     """
-    return _planned(study, graph, _read_data(study, data_dir), folder=folder, workers=workers)
+    return _planned(study, graph, read_data(study, data_dir), folder=folder, workers=workers)
 
 
 def _planned(
     study: Study,
     graph: StageGraph,
-    num_questions: dict[str, int],
+    read: DataRead,
     *,
     folder: Path | None,
     workers: int,
 ) -> tuple[StudyPlan, StageGraph]:
     machine = this_machine(folder or Path.cwd(), precision=_precision(study))
-    planned = {name: plan_arm(arm, machine, num_questions) for name, arm in study.arms.items()}
+    planned = {name: plan_arm(arm, machine, read.num_questions) for name, arm in study.arms.items()}
     arms = {name: plan for name, (plan, _) in planned.items()}
     costs = stage_costs(graph, {name: stages for name, (_, stages) in planned.items()})
     total = graph_total(graph, costs, workers=workers)
@@ -115,7 +113,10 @@ def _planned(
         stages=stage_plans(graph, costs),
         total=total,
         machine=machine,
-        refusals=tuple(refusals(arms, machine, disk_bytes=total.disk_bytes)),
+        refusals=(
+            *_too_large(study, arms),
+            *refusals(arms, machine, disk_bytes=total.disk_bytes),
+        ),
     )
     return plan, with_costs(graph, costs)
 
@@ -132,31 +133,14 @@ def _precision(study: Study) -> str:
     )
 
 
-def _read_data(study: Study, data_dir: Path | None) -> dict[str, int]:
-    """Read every task once: a mistake in the last one should not wait for the first to be trained.
-
-    Returns:
-        The number of questions of each evaluation, by the fingerprint of its stage.
-    """
-    num_questions: dict[str, int] = {}
-    checked: set[str] = set()
-    warned: set[str] = set()
-    for arm in study.arms.values():
-        for stage in arm.stages:
-            identity = fingerprint(stage.to_mapping())
-            if identity in checked:
-                continue
-            checked.add(identity)
-            if isinstance(stage, TuneStage):
-                Mixture.load(stage.data, seeds=SeedTree(0), data_dir=data_dir)
-            elif isinstance(stage, PretrainStage):
-                load_documents(stage.documents, data_dir=data_dir)
-            elif isinstance(stage, EvaluateStage):
-                loaded = load_evaluation(stage, data_dir=data_dir)
-                warn_of_skipped([skip for skip in loaded.skipped if skip.task not in warned])
-                warned |= {skip.task for skip in loaded.skipped}
-                num_questions[identity] = loaded.num_questions(stage.limit)
-    return num_questions
+def _too_large(study: Study, arms: dict[str, ArmPlan]) -> list[str]:
+    limit = study.max_parameters
+    return [
+        f"Arm `{name}` has {arm.parameters.total / 1e6:,.1f} million parameters, but the study allows "
+        f"{limit / 1e6:,.1f} million (`max_parameters`); make its model smaller."
+        for name, arm in arms.items()
+        if limit is not None and arm.parameters.total > limit
+    ]
 
 
 def refusals(arms: dict[str, ArmPlan], machine: Machine, *, disk_bytes: int) -> list[str]:
@@ -193,13 +177,25 @@ def plan_tables(plan: StudyPlan) -> tuple[Table, Table]:
 
 
 def _arm_table(plan: StudyPlan) -> Table:
+    is_turned = len(plan.arms) > _MOST_ARM_COLUMNS
+    # Stages of many arms stand in the table of stages alone.
+    rows = _arm_rows(plan)[is_turned:]
     seeds = f"{plan.seeds} seed{'s' if plan.seeds > 1 else ''}"
     table = Table(title=f"Plan of {plan.study} ({seeds}), each arm alone with one of them")
-    table.add_column("")
-    for name in plan.arms:
-        table.add_column(name, justify="right")
+    columns = [["", *plan.arms], *([label, *values] for label, values in rows)]
+    # Many arms have a row each.
+    lines = columns if is_turned else zip(*columns, strict=True)
+    header, *body = zip(*lines, strict=True)
+    for place, name in enumerate(header):
+        table.add_column(name, justify="right" if place else "left", overflow="fold")
+    for row in body:
+        table.add_row(*row)
+    return table
+
+
+def _arm_rows(plan: StudyPlan) -> list[tuple[str, list[str]]]:
     arms = plan.arms.values()
-    rows: list[tuple[str, list[str]]] = [
+    return [
         ("stages", [", ".join(arm.stages) for arm in arms]),
         ("parameters", [f"{arm.parameters.total / 1e6:,.1f} M" for arm in arms]),
         ("active for a token", [f"{arm.parameters.active / 1e6:,.1f} M" for arm in arms]),
@@ -212,6 +208,3 @@ def _arm_table(plan: StudyPlan) -> Table:
         ("disk while running", [size_text(arm.disk_bytes) for arm in arms]),
         ("time here, roughly", [duration(arm.seconds) for arm in arms]),
     ]
-    for label, values in rows:
-        table.add_row(label, *values)
-    return table

@@ -17,7 +17,8 @@ from flanmoe.study.folder import open_study
 from flanmoe.study.graph import build_graph
 from flanmoe.study.nodes import GRAPH_FILE, StageGraph
 from flanmoe.study.plan import plan_graph, plan_tables
-from flanmoe.study.study import Study, load_study, study_from_mapping
+from flanmoe.study.study import Study
+from flanmoe.study.study_file import load_study, study_from_mapping
 
 _DEFAULT_MINUTES = 15.0
 

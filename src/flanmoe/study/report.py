@@ -13,9 +13,19 @@ from markupsafe import Markup, escape
 from rich.table import Table
 
 from flanmoe.core import files
-from flanmoe.study.plots import Drawing, drawings
+from flanmoe.study import plots
+from flanmoe.study.plots import Drawing
+from flanmoe.study.report_claims import (
+    ClaimEntry,
+    claim_entries,
+    detectable_text,
+    estimate_text,
+    interval_text,
+    margin_text,
+)
 from flanmoe.study.report_data import ReportData
-from flanmoe.study.report_text import EVIDENCE_RULE, claims, limits, verdict
+from flanmoe.study.report_limits import limits
+from flanmoe.study.report_text import EVIDENCE_RULE, difference_sentences, verdict
 from flanmoe.study.tables import Section, TextTable, sections, summary
 
 
@@ -34,7 +44,9 @@ class _Page:
 
     data: ReportData
     verdict: str
-    claims: tuple[tuple[str, str], ...]
+    claims: tuple[ClaimEntry, ...]
+    claims_drawing: Drawing | None
+    differences: tuple[tuple[str, str], ...]
     evidence_rule: str
     summary: TextTable
     drawings: tuple[Drawing, ...]
@@ -89,14 +101,35 @@ def summary_table(data: ReportData) -> Table:
     return table
 
 
+def claims_terminal_table(data: ReportData) -> Table | None:
+    """Return the claims and their verdicts for the terminal; None where the study makes none."""
+    if not data.claims:
+        return None
+    caption = "Detectable: the smallest difference that 80 % of studies of this design would find."
+    table = Table(title="Claims", caption=caption, caption_justify="left", title_justify="left")
+    table.add_column("claim", overflow="fold")
+    table.add_column("verdict", style="bold", no_wrap=True)
+    table.add_column("estimate\n(95 % interval)", justify="right")
+    table.add_column("detectable\n/ margin", justify="right")
+    for one in data.claims:
+        estimate = "not measured"
+        if one.measurement is not None:
+            estimate = f"{estimate_text(one)} {one.metric.unit}\n({interval_text(one)})"
+        sizes = f"{detectable_text(one)} / {margin_text(one)}"
+        table.add_row(one.name, one.verdict, estimate, sizes)
+    return table
+
+
 def _page(data: ReportData) -> _Page:
     return _Page(
         data=data,
         verdict=verdict(data),
-        claims=claims(data.comparisons),
+        claims=claim_entries(data.claims),
+        claims_drawing=plots.claims(data.claims),
+        differences=difference_sentences(data.comparisons),
         evidence_rule=EVIDENCE_RULE,
         summary=summary(data),
-        drawings=drawings(data),
+        drawings=plots.drawings(data),
         limits=limits(data),
         notes=(*data.warnings, *data.notes),
         sections=sections(data),
@@ -124,8 +157,9 @@ def _markdown_row(cells: Iterable[str]) -> str:
 
 
 def _breakable(text: str) -> Markup:
-    """Let long names break after `/` and `_`, and keep a number and its unit on one line."""
-    kept = text.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}").replace(
-        " %", "\N{NO-BREAK SPACE}%"
-    )
-    return Markup(re.sub(r"([/_])", r"\1<wbr>", str(escape(kept))))
+    """Let long names break after `/` and `_`, keep a number and its unit together, and set `names` as code."""
+    kept = text
+    for sign in (" = ", " %", "< "):
+        kept = kept.replace(sign, sign.replace(" ", "\N{NO-BREAK SPACE}"))
+    broken = re.sub(r"([/_])", r"\1<wbr>", str(escape(kept)))
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", broken))

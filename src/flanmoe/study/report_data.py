@@ -12,9 +12,10 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from flanmoe.core.config import Config
+from flanmoe.study.analysis.claim_result import ClaimResult
+from flanmoe.study.analysis.factorial import FactorialTable
 from flanmoe.study.arm_report import ArmReport
-
-Metric = Literal["loss", "accuracy"]
+from flanmoe.study.number_text import Metric
 
 
 class TaskData(Config):
@@ -156,7 +157,9 @@ class ReportData(Config):
         baseline: label of the arm that the others are compared with; the first one unless named.
         arms: in the order in which they are shown.
         data: what was trained on and what was kept back.
-        comparisons: paired differences; `arms` ones first decide the verdict.
+        claims: what the study claims, with verdicts, in its order; they decide the verdict of the page.
+        effects: effects of the arms' factors, a table a metric.
+        comparisons: paired differences; without claims the `arms` ones, which are first, decide the verdict.
         warnings: sentences about what was left out or cut.
         notes: other sentences about what happened.
         limits: sentences about what this run cannot show, beside those that follow from the data.
@@ -171,6 +174,8 @@ class ReportData(Config):
     baseline: str = ""
     arms: tuple[ArmReport, ...] = Field(min_length=1)
     data: DataReport = DataReport()
+    claims: tuple[ClaimResult, ...] = ()
+    effects: tuple[FactorialTable, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 from flanmoe.data.packing import PackingReport, merged
+from flanmoe.study.number_text import listed
 from flanmoe.study.records import SeedResults
 from flanmoe.study.report_data import Hardware, MixtureData
 from flanmoe.study.report_routing import alert_sentences, alerts
-from flanmoe.study.report_text import listed
 
 
 def notes(arms: Mapping[str, Sequence[SeedResults]], mixtures: Sequence[MixtureData]) -> list[str]:
@@ -107,31 +107,46 @@ def _overlap_warnings(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:
 
 
 def _packing_warnings(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:
-    """Sentences about draws left out or cut, all tunings of an arm together; arms by name if they differ."""
+    """Sentences about draws left out or cut, all tunings of an arm together; arms that are alike together."""
     packed = {
         name: merged(tuned.packing for seed in seeds for tuned in seed.tunings.values())
         for name, seeds in arms.items()
         if seeds[0].tunings
     }
-    alike = len({_left_out(found) for found in packed.values()}) == 1
-    sentences: list[str] = []
+    alike: dict[tuple[int, ...], list[str]] = {}
     for name, found in packed.items():
-        draws = "draws" if alike else f"draws of {name}"
-        if found.num_dropped:
-            sentences.append(
-                f"{found.num_dropped:,} {draws} were left out of training because they are longer than a row "
-                "(`packing.length`)."
-            )
-        if found.num_truncated:
-            sentences.append(
-                f"{found.num_truncated:,} {draws} were cut at their end to fit into a row (`packing.length`)."
-            )
-        if found.num_without_exemplars:
-            sentences.append(
-                f"{found.num_without_exemplars:,} few-shot {draws} were left out of training because not one "
-                "exemplar fits before them (`template.prompt_tokens`)."
-            )
-    return list(dict.fromkeys(sentences))
+        alike.setdefault(_left_out(found), []).append(name)
+    return [
+        sentence
+        for (dropped, truncated, without), names in alike.items()
+        for sentence in _draw_sentences(
+            "draws" if len(alike) == 1 else f"draws of {listed(names)}",
+            dropped=dropped,
+            truncated=truncated,
+            without_exemplars=without,
+        )
+    ]
+
+
+def _draw_sentences(
+    draws: str, *, dropped: int, truncated: int, without_exemplars: int
+) -> list[str]:
+    sentences: list[str] = []
+    if dropped:
+        sentences.append(
+            f"{dropped:,} {draws} were left out of training because they are longer than a row "
+            "(`packing.length`)."
+        )
+    if truncated:
+        sentences.append(
+            f"{truncated:,} {draws} were cut at their end to fit into a row (`packing.length`)."
+        )
+    if without_exemplars:
+        sentences.append(
+            f"{without_exemplars:,} few-shot {draws} were left out of training because not one "
+            "exemplar fits before them (`template.prompt_tokens`)."
+        )
+    return sentences
 
 
 def _left_out(packing: PackingReport) -> tuple[int, ...]:

@@ -1,73 +1,31 @@
-"""The sentences and number formats of a report.
+"""The sentences of a report about scores and paired differences.
 
 A sentence about a difference follows from its interval: only one that excludes zero says better or worse.
 """
 
-import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from flanmoe.study.arm_report import ArmReport, Evaluation, Score
-from flanmoe.study.report_data import Comparison, Metric, ReportData
+from flanmoe.study.number_text import (
+    Metric,
+    difference_scale,
+    difference_unit,
+    exact,
+    listed,
+    percent,
+    ratio_text,
+    signed,
+)
+from flanmoe.study.report_claims import claims_headline
+from flanmoe.study.report_data import Comparison, ReportData
 
 EVIDENCE_RULE = "Differences smaller than their interval are not evidence."
 
-_MINUTES_A_DAY = 24 * 60
-_DAYS_A_YEAR = 365.25
-_SUFFIXES = ("", " k", " M", " G", " T", " P", " E")
-# Routers add their own products, and an FFN beside experts can be made narrow but not left out.
-_TOLERATED_FLOPS = 0.05
-# Rows of one size hold a little more or less padding.
-_TOLERATED_TOKENS = 0.02
 # Beyond these a reader wants what differs first, and the rest in a line.
 _MOST_PAIRS_TOLD = 3
-_MOST_CLAIMS_TOLD = 12
-
-
-def exact(number: int) -> str:
-    """Format a count in full: 134,515,008."""
-    return f"{number:,}"
-
-
-def short(number: float) -> str:
-    """Format a count to four digits with a suffix: 134.5 M. Below 1000 it stays as it is."""
-    magnitude = float(number)
-    for suffix in _SUFFIXES:
-        # Compared after rounding, so that 999,960 reads 1.000 M and not 1000 k.
-        if abs(float(f"{magnitude:.4g}")) < 1000 or suffix == _SUFFIXES[-1]:
-            break
-        magnitude /= 1000
-    return f"{number:g}" if not suffix else f"{magnitude:#.4g}{suffix}"
-
-
-def size(num_bytes: int) -> str:
-    """Format a size in GiB, small ones in MiB."""
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
-
-
-def duration(seconds: float) -> str:
-    """Format seconds: 8.4 s, 5 min 12 s, 2 h 05 min, 12.5 days, 340 years."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    if minutes < _MINUTES_A_DAY:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    days = minutes / _MINUTES_A_DAY
-    if days < 2 * _DAYS_A_YEAR:
-        return f"{days:,.1f} days"
-    return f"{days / _DAYS_A_YEAR:,.0f} years"
-
-
-def percent(share: float, digits: int = 1) -> str:
-    """Format a share between 0 and 1."""
-    return f"{100 * share:.{digits}f} %"
-
-
-def signed(number: float, digits: int) -> str:
-    """Format with its sign, minus as a minus sign, and no sign at zero."""
-    text = f"{number:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
-    return text[1:] if not float(f"{number:.{digits}f}") else text
+_MOST_TOLD = 12
+_MOST_NAMES = 6
 
 
 def loss_text(score: Score | None) -> str:
@@ -88,28 +46,6 @@ def accuracy_text(score: Score | None) -> str:
     return percent(score.mean) + _plus_minus(score.standard_error, 100, 1)
 
 
-def ratio_text(arm: float, baseline: float) -> str:
-    """Format how many times the baseline something is: 2.10×."""
-    return f"{arm / baseline:.2f}×" if baseline else "n/a"
-
-
-def listed(words: Sequence[str]) -> str:
-    """Join words: a, b and c."""
-    if len(words) < 2:
-        return "".join(words)
-    return f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-def difference_unit(metric: Metric) -> str:
-    """Unit that differences of a metric are shown in."""
-    return "nats per token" if metric == "loss" else "percentage points"
-
-
-def difference_scale(metric: Metric) -> float:
-    """Factor that turns a difference into its shown unit."""
-    return 1.0 if metric == "loss" else 100.0
-
-
 def difference_text(comparison: Comparison, value: float) -> str:
     """Format a difference of this comparison's metric without its unit."""
     return signed(value * difference_scale(comparison.metric), _digits(comparison.metric))
@@ -121,7 +57,7 @@ def interval_text(comparison: Comparison) -> str:
     return f"{100 * comparison.confidence:g} % interval {low} to {high}"
 
 
-def claim_sentence(comparison: Comparison) -> str:
+def difference_sentence(comparison: Comparison) -> str:
     """Say what one paired comparison shows, and no more."""
     subject, reference = _sides(comparison)
     support = f"{interval_text(comparison)}; {_sample(comparison)}"
@@ -137,30 +73,72 @@ def claim_sentence(comparison: Comparison) -> str:
     )
 
 
-def claims(comparisons: Sequence[Comparison]) -> tuple[tuple[str, str], ...]:
-    """Return verdict and sentence of each comparison; of many, those that show nothing are gathered."""
-    if len(comparisons) <= _MOST_CLAIMS_TOLD:
-        return tuple((item.verdict, claim_sentence(item)) for item in comparisons)
-    told = [
-        (item.verdict, claim_sentence(item)) for item in comparisons if item.verdict != "unclear"
-    ]
-    gathered: dict[str, list[str]] = {}
+def difference_sentences(comparisons: Sequence[Comparison]) -> tuple[tuple[str, str], ...]:
+    """Return verdict and sentence of each comparison; of many, those that show nothing are gathered.
+
+    Where many show something, these are gathered too, by what they show.
+    """
+    if len(comparisons) <= _MOST_TOLD:
+        return tuple((item.verdict, difference_sentence(item)) for item in comparisons)
+    clear = [item for item in comparisons if item.verdict != "unclear"]
+    if len(clear) <= _MOST_TOLD:
+        told = [(item.verdict, difference_sentence(item)) for item in clear]
+    else:
+        told = _gathered(comparisons, "better") + _gathered(comparisons, "worse")
+    return (*told, *_gathered(comparisons, "unclear"))
+
+
+def _gathered(comparisons: Sequence[Comparison], shown: str) -> list[tuple[str, str]]:
+    """One sentence for all comparisons of a metric with the same reference that show the same."""
+    groups: dict[str, list[Comparison]] = {}
     for item in comparisons:
-        if item.verdict == "unclear":
-            start = f"No evidence of a difference in {item.metric} from {_sides(item)[1]}"
-            seed = "" if item.seed is None else f" (seed {item.seed})"
-            gathered.setdefault(start, []).append(f"{item.subject}{seed}")
-    return (
-        *told,
-        *(
-            ("unclear", f"{start}, each interval includes zero: {listed(subjects)}.")
-            for start, subjects in gathered.items()
-        ),
+        if item.verdict == shown:
+            groups.setdefault(_start(item), []).append(item)
+    zero = "includes" if shown == "unclear" else "excludes"
+    return [
+        (
+            shown,
+            f"{start}, each interval {zero} zero: "
+            f"{listed(_subjects(group, comparisons), most=_MOST_NAMES)}.",
+        )
+        for start, group in groups.items()
+    ]
+
+
+def _start(item: Comparison) -> str:
+    reference = _sides(item)[1]
+    if item.verdict == "unclear":
+        return f"No evidence of a difference in {item.metric} from {reference}"
+    direction = "lower" if item.mean < 0 else "higher"
+    return f"{item.verdict.capitalize()}: {item.metric} {direction} than that of {reference}"
+
+
+def _subjects(group: Sequence[Comparison], comparisons: Sequence[Comparison]) -> list[str]:
+    """Name the subjects, with the seeds where not all of several seeds show the same."""
+    seeds: dict[str, list[str]] = {}
+    for item in group:
+        found = seeds.setdefault(item.subject, [])
+        if item.seed is not None:
+            found.append(str(item.seed))
+    like = group[0]
+    of_all = Counter(
+        item.subject for item in comparisons if (item.kind, item.metric) == (like.kind, like.metric)
     )
+    return [
+        subject
+        if not found or 1 < len(found) == of_all[subject]
+        else f"{subject} (seed{'s' if len(found) > 1 else ''} {', '.join(found)})"
+        for subject, found in seeds.items()
+    ]
 
 
 def verdict(data: ReportData) -> str:
-    """The first sentence of the report: what the paired differences between arms show, at which cost."""
+    """The first sentence of the report: what became of its claims.
+
+    Without claims: what the paired differences between arms show, at which cost.
+    """
+    if data.claims:
+        return claims_headline(data.claims)
     between = [comparison for comparison in data.comparisons if comparison.kind == "arms"]
     if between:
         return _verdict_between(data, between)
@@ -171,12 +149,15 @@ def verdict(data: ReportData) -> str:
 
 
 def _verdict_between(data: ReportData, between: Sequence[Comparison]) -> str:
-    pairs = dict.fromkeys((item.subject, item.reference) for item in between)
-    told = list(pairs)
-    if len(pairs) > _MOST_PAIRS_TOLD:
-        clear = {(item.subject, item.reference) for item in between if item.verdict != "unclear"}
-        told = [pair for pair in pairs if pair in clear]
-    sentences = [_pair_sentence(data, between, pair) for pair in told]
+    pairs = list(dict.fromkeys((item.subject, item.reference) for item in between))
+    if len(pairs) <= _MOST_PAIRS_TOLD:
+        return " ".join(_pair_sentence(data, between, pair) for pair in pairs)
+    clear = [item for item in between if item.verdict != "unclear"]
+    told = list(dict.fromkeys((item.subject, item.reference) for item in clear))
+    if len(told) <= _MOST_PAIRS_TOLD:
+        sentences = [_pair_sentence(data, between, pair) for pair in told]
+    else:
+        sentences = [_many_differ(clear, num_told=len(told), num_pairs=len(pairs))]
     if len(told) < len(pairs):
         metrics = " or ".join(dict.fromkeys(item.metric for item in between))
         alike = f"{len(pairs) - len(told)} {'other ' if told else ''}arms"
@@ -186,10 +167,16 @@ def _verdict_between(data: ReportData, between: Sequence[Comparison]) -> str:
     return " ".join(sentences)
 
 
-def limits(data: ReportData) -> tuple[str, ...]:
-    """What the run cannot show: the sentences that follow from the data, then those that it brings."""
-    found = [*_scale_limit(data), *_seed_limit(data), *_interval_limit(data), *_seen_limit(data)]
-    return (*found, *_compute_limits(data), *data.limits)
+def _many_differ(clear: Sequence[Comparison], *, num_told: int, num_pairs: int) -> str:
+    findings: dict[str, dict[str, None]] = {}
+    for item in clear:
+        findings.setdefault(f"{item.verdict} {item.metric}", {})[item.subject] = None
+    parts = [f"{exact(len(names))} a {finding}" for finding, names in findings.items()]
+    seeds = {item.seed for item in clear}
+    return (
+        f"Against {clear[0].reference}, {num_told} of {num_pairs} arms show a measurable difference"
+        f"{' with at least one seed' if len(seeds) > 1 else ''}: {listed(parts)}."
+    )
 
 
 def _plus_minus(error: float | None, scale: float, digits: int) -> str:
@@ -264,86 +251,6 @@ def peak_memory(arm: ArmReport) -> int:
     """Peak of tuning in bytes; 0 where the system could not tell."""
     measured = arm.memory.measured if arm.memory else None
     return measured or arm.ledger.peak_memory_bytes
-
-
-def _scale_limit(data: ReportData) -> list[str]:
-    largest = max(arm.parameters.total for arm in data.arms)
-    tokens = max(arm.ledger.real_tokens for arm in data.arms)
-    if not largest or not tokens:
-        return []
-    return [
-        f"This is {short(largest)} parameters at most, tuned on {short(tokens)} tokens: what holds here need "
-        "not hold for larger models, more data or longer training."
-    ]
-
-
-def _seed_limit(data: ReportData) -> list[str]:
-    if any(len(arm.seeds) > 1 for arm in data.arms) or not data.was_tuned:
-        return []
-    return [
-        "Every arm ran with one seed: the intervals cover the choice of questions, not the luck of training, "
-        "so another seed could turn a narrow result round."
-    ]
-
-
-def _interval_limit(data: ReportData) -> list[str]:
-    if len(data.comparisons) < 2:
-        return []
-    expected = math.fsum(1 - comparison.confidence for comparison in data.comparisons)
-    return [
-        f"{len(data.comparisons)} intervals are shown, uncorrected: if nothing differed at all, "
-        f"{expected:.2g} of them would still be expected to exclude zero."
-    ]
-
-
-def _seen_limit(data: ReportData) -> list[str]:
-    labels_by_count: dict[int, list[str]] = {}
-    for arm in data.arms:
-        if arm.after is not None and arm.after.num_seen:
-            labels_by_count.setdefault(arm.after.num_seen, []).append(arm.label)
-    return [
-        f"{exact(num_seen)} of the examples that {listed(labels)} answered were seen in training; scores on "
-        "them say nothing about new questions."
-        for num_seen, labels in labels_by_count.items()
-    ]
-
-
-def _compute_limits(data: ReportData) -> list[str]:
-    """Say so where arms differ in what a fair comparison holds equal."""
-    baseline = data.baseline_arm
-    sentences: list[str] = []
-    for arm in data.arms:
-        if _differ(arm.flops.total, baseline.flops.total, tolerated=_TOLERATED_FLOPS):
-            ratio = ratio_text(arm.flops.total, baseline.flops.total)
-            sentences.append(
-                f"{arm.label} spends {ratio} the FLOPs per token of {baseline.label}: this is no comparison at "
-                "equal compute."
-            )
-        tokens = (arm.ledger.real_tokens, baseline.ledger.real_tokens)
-        if _differ(*tokens, tolerated=_TOLERATED_TOKENS):
-            sentences.append(
-                f"{arm.label} was tuned on {exact(arm.ledger.real_tokens)} tokens, {baseline.label} on "
-                f"{exact(baseline.ledger.real_tokens)}: this is no comparison at equal data."
-            )
-    drawn_from = {
-        arm.label: {
-            number for number, one in enumerate(data.data.mixtures) if arm.label in one.arms
-        }
-        for arm in data.arms
-        if arm.was_tuned
-    }
-    if len({frozenset(numbers) for numbers in drawn_from.values()}) > 1:
-        sentences.append(
-            f"{listed(list(drawn_from))} were not tuned on the same data: a difference between them is also "
-            "one in the form of answer that the data teach."
-        )
-    return sentences
-
-
-def _differ(number: float, baseline: float, *, tolerated: float) -> bool:
-    if not baseline:
-        return bool(number)
-    return abs(number / baseline - 1) > tolerated
 
 
 def evaluated_examples(evaluation: Evaluation | None) -> str:

@@ -28,6 +28,10 @@ from flanmoe.study.kept_models import forget_intermediate_models
 from flanmoe.study.leg import is_taken
 from flanmoe.study.nodes import FAILURE_FILE, Branch, StageGraph, has_model
 
+# What a process takes before its first stage, most of it for loading torch and transformers. A stage that is
+# planned to take less goes along with the leg that makes its model, up to a limit that leaves work for others.
+_PROCESS_SECONDS = 8.0
+_MOST_SECONDS_ALONG = 80.0
 # How often the folder is looked at for what other processes have finished.
 _SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -190,7 +194,7 @@ class _Schedule:
                 for one in self._graph.users(key)
                 if not board.is_stopped(one) and not board.is_finished(one)
             )
-            keys = self._chain(key, branch)
+            keys = self._with_short_ones(self._chain(key, branch))
             leg = self._leg(keys, branch)
             if self._fits(leg):
                 say(f"Arm {branch.arm}, seed {branch.seed}")
@@ -214,6 +218,22 @@ class _Schedule:
             if self._graph.nodes[key].parent in chain or self._is_open(key):
                 chain.append(key)
         return tuple(sorted(chain, key=branch.stages.index))
+
+    def _with_short_ones(self, chain: tuple[str, ...]) -> tuple[str, ...]:
+        """Add stages of other arms that take models of the chain and are shorter than starting a process is."""
+        board, keys, seconds = self._board, list(chain), 0.0
+        for key, node in self._graph.nodes.items():
+            is_short = 0 < node.seconds < _PROCESS_SECONDS
+            if not is_short or node.parent not in keys or key in keys:
+                continue
+            if key in board.claimed | board.elsewhere | set(board.failures):
+                continue
+            if not (board.is_wanted(key) and board.must_run(key)):
+                continue
+            if seconds + node.seconds <= _MOST_SECONDS_ALONG:
+                seconds += node.seconds
+                keys.append(key)
+        return tuple(keys)
 
     def _leg(self, keys: tuple[str, ...], branch: Branch) -> Leg:
         nodes = [self._graph.nodes[key] for key in keys]
@@ -282,6 +302,7 @@ class _Schedule:
             # Its stages have all finished, so what went wrong afterwards is no stage's failure.
             raise error
         self._board.failures[failed] = error
+        say(f"  {self._graph.nodes[failed].label} failed: {error}")
         files.write_json(self._board.folder(failed) / FAILURE_FILE, as_answer(error))
 
 

@@ -1,33 +1,26 @@
-"""`Study`: arms times seeds of recipes, as data, and how a file becomes one.
+"""`Study`: arms times seeds of recipes, and the claims that they are to decide, as data.
 
-A file with `stages:` is a recipe: a study of one arm. A file with `arms:` is a study; what its arms share
-stands once under `model:` and `defaults:` (one block a stage kind, merged under every stage of that kind):
-
-    name: quickstart
-    model: smollm2-135m-instruct
-    defaults:
-      tune: {data: {...}, train: {steps: 32}}
-    arms:
-      dense:  {stages: [{stage: tune}]}
-      sparse: {stages: [{stage: upcycle}, {stage: tune}]}
+`study_file` makes one of a file.
 """
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Collection
 
 from pydantic import Field, field_validator, model_validator
 
-from flanmoe.core.config import Config, apply_overrides, read_yaml, set_values
+from flanmoe.core.config import Config
 from flanmoe.core.errors import ConfigError
-from flanmoe.core.names import listing, nearest_name_hint
+from flanmoe.core.names import listing
 from flanmoe.stages.recipe import (
     EvaluateStage,
     Recipe,
-    StageDefaults,
     Stages,
     require_a_start,
 )
+from flanmoe.study.analysis.claims import Claim, check_claims
+from flanmoe.study.analysis.factors import StrictLevel
+from flanmoe.study.analysis.metric import METRICS
+from flanmoe.study.analysis.observations import Level
+from flanmoe.study.grid import Rule, holds
 
 
 class Arm(Config):
@@ -35,10 +28,17 @@ class Arm(Config):
 
     Attributes:
         model: the model that the arm starts from; None where its first stage makes one.
+        description: what is to be known about it beside its stages, for the report.
+        factors: levels of the factors that describe it, for claims about effects and for the rules.
+        part_of: a name under which the scores of several arms are taken together, each on tasks of its own:
+            one model for each task; its own name unless it is set.
         stages: what is done to it.
     """
 
     model: str | None = None
+    description: str = ""
+    factors: dict[str, StrictLevel] = {}
+    part_of: str = ""
     stages: Stages
 
     @model_validator(mode="after")
@@ -56,6 +56,9 @@ class Study(Config):
         seeds: every arm runs once with each.
         arms: name to arm.
         baseline: the arm that the others are compared with; the first one unless named.
+        rules: levels of factors that do not go together in any arm.
+        claims: what the study is to decide.
+        max_parameters: a plan with a larger model is refused; None for no limit.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -63,6 +66,9 @@ class Study(Config):
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     arms: dict[str, Arm] = Field(min_length=1)
     baseline: str = ""
+    rules: tuple[Rule, ...] = ()
+    claims: tuple[Claim, ...] = ()
+    max_parameters: int | None = Field(default=None, ge=1)
 
     @field_validator("arms")
     @classmethod
@@ -89,6 +95,74 @@ class Study(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _rules_allow_every_arm(self) -> "Study":
+        for name, arm in self.arms.items():
+            broken = [rule for rule in self.rules if holds(rule.never, arm.factors)]
+            if broken:
+                raise ValueError(
+                    f"arm `{name}` has {broken[0].text}, which a rule forbids: {broken[0].because}; change its "
+                    "`factors`, or take it out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> "Study":
+        for name, parts in self.systems.items():
+            if any(self.arms[part].factors != self.arms[parts[0]].factors for part in parts):
+                raise ValueError(
+                    f"arms that are parts of `{name}` must have the same `factors`, but {listing(parts)} differ"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _claims_can_be_judged(self) -> "Study":
+        try:
+            self.check_claims(measured=[metric.name for metric in METRICS])
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def check_claims(
+        self, *, measured: Collection[str], tasks: Collection[str] | None = None
+    ) -> None:
+        """Check that every claim can be judged by what is measured.
+
+        Args:
+            measured: the metrics that evaluations measure.
+            tasks: the tasks that they score, None where they are not known yet.
+
+        Raises:
+            ConfigError: lists every problem.
+        """
+        metrics = {metric.name: metric for metric in METRICS}
+        check_claims(
+            self.resolved_claims,
+            arms=self.factors,
+            metrics=metrics,
+            measured=measured,
+            tasks=tasks,
+        )
+
+    @property
+    def resolved_claims(self) -> tuple[Claim, ...]:
+        """The claims with patterns of arms replaced by the arms that they fit."""
+        return tuple(claim.with_patterns_of(self.systems) for claim in self.claims)
+
+    @property
+    def systems(self) -> dict[str, tuple[str, ...]]:
+        """What claims are about: the arms that are parts of one, by its name; an arm by itself by its own."""
+        found: dict[str, tuple[str, ...]] = {}
+        for name, arm in self.arms.items():
+            system = arm.part_of or name
+            found[system] = (*found.get(system, ()), name)
+        return found
+
+    @property
+    def factors(self) -> dict[str, dict[str, Level]]:
+        """The factors of each system."""
+        return {name: dict(self.arms[parts[0]].factors) for name, parts in self.systems.items()}
+
     @property
     def baseline_arm(self) -> str:
         """Name of the arm that the others are compared with."""
@@ -113,129 +187,3 @@ class Study(Config):
     def evaluations(self, arm: str) -> tuple[EvaluateStage, ...]:
         """Return the evaluation stages of an arm in order."""
         return tuple(stage for stage in self.arms[arm].stages if isinstance(stage, EvaluateStage))
-
-
-def load_study(path: Path, *, overrides: Sequence[str] = (), profile: str | None = None) -> Study:
-    """Read a recipe or a study from a YAML file.
-
-    A profile is a named set of dotted keys in the file (`profiles: {smoke: {defaults.tune.train.steps: 2}}`)
-    whose values are taken as they stand there; `overrides` come after it and win.
-
-    Raises:
-        ConfigError: lists every problem with its dotted path.
-    """
-    return study_from_mapping(
-        read_yaml(path), overrides=overrides, profile=profile, origin=str(path)
-    )
-
-
-def study_from_mapping(
-    values: Mapping[str, Any],
-    *,
-    overrides: Sequence[str] = (),
-    profile: str | None = None,
-    origin: str = "study",
-) -> Study:
-    """Build a study from the plain values of a file; see `load_study`."""
-    changes = _profile(values, profile, origin)
-    written = {key: value for key, value in values.items() if key != "profiles"}
-    values = apply_overrides(set_values(written, changes), overrides)
-    if "stages" in values and "arms" not in values:
-        recipe = Recipe.parse(values, origin=origin)
-        arm = Arm(model=recipe.model, stages=recipe.stages)
-        return Study(
-            name=recipe.name,
-            description=recipe.description,
-            seeds=(recipe.seed,),
-            arms={recipe.name.replace(".", "-"): arm},
-        )
-    defaults = _part(_Defaults, values, origin).defaults.given
-    values.pop("defaults", None)
-    study = Study.parse(_with_defaults(values, defaults), origin=origin)
-    _check_every_default_is_used(study, defaults, origin)
-    return study
-
-
-class _Profiles(Config):
-    """Named sets of dotted keys to values."""
-
-    profiles: dict[str, dict[str, Any]] = {}
-
-
-class _Defaults(Config):
-    """What the stages of all arms share."""
-
-    defaults: StageDefaults = StageDefaults()
-
-
-_Part = TypeVar("_Part", bound=Config)
-
-
-def _part(kind: type[_Part], values: Mapping[str, Any], origin: str) -> _Part:
-    """Validate the one part of a file that is not the study itself; nothing there is nothing said."""
-    (field,) = kind.model_fields
-    given = values.get(field)
-    return kind.parse({} if given is None else {field: given}, origin=origin)
-
-
-def _profile(values: Mapping[str, Any], profile: str | None, origin: str) -> dict[str, Any]:
-    profiles = _part(_Profiles, values, origin).profiles
-    if profile is None:
-        return {}
-    if profile not in profiles:
-        raise ConfigError(
-            f"{origin} has no profile `{profile}`.{nearest_name_hint(profile, profiles)} "
-            f"Known: {listing(profiles) or 'none'}."
-        )
-    return profiles[profile]
-
-
-def _check_every_default_is_used(
-    study: Study, defaults: Mapping[str, Mapping[str, Any]], origin: str
-) -> None:
-    used = {stage.stage for arm in study.arms.values() for stage in arm.stages}
-    for kind in defaults:
-        if kind not in used:
-            raise ConfigError(
-                f"{origin} has 1 problem:\n  defaults.{kind}: has no effect: every arm lacks a stage "
-                f"`{kind}`. Take it out, or add the stage."
-            )
-
-
-def _with_defaults(
-    values: dict[str, Any], defaults: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Spread `model` and `defaults` into the arms, leaving wrong shapes for validation to name."""
-    model = values.pop("model", None)
-    arms = values.get("arms")
-    if not isinstance(arms, dict):
-        return values
-    return {**values, "arms": {name: _fill(arm, model, defaults) for name, arm in arms.items()}}
-
-
-def _fill(arm: Any, model: Any, defaults: Mapping[str, Mapping[str, Any]]) -> Any:
-    if not isinstance(arm, dict):
-        return arm
-    filled = dict(arm)
-    if model is not None:
-        filled.setdefault("model", model)
-    if isinstance(arm.get("stages"), list):
-        filled["stages"] = [
-            _merged(defaults.get(str(stage.get("stage")), {}), stage)
-            if isinstance(stage, dict)
-            else stage
-            for stage in arm["stages"]
-        ]
-    return filled
-
-
-def _merged(base: Any, over: Any) -> Any:
-    """Merge mappings deeply; anything else in `over` replaces what is in `base`."""
-    if isinstance(base, dict) and isinstance(over, dict):
-        return {
-            key: _merged(base[key], over[key])
-            if key in base and key in over
-            else over.get(key, base.get(key))
-            for key in {**base, **over}
-        }
-    return over

@@ -145,3 +145,17 @@ def test_a_share_of_a_form_that_the_family_lacks_is_refused() -> None:
         "The family `prompted` has no template of the form `inversion`, which task `parity` asks for. Set "
         "its share to 0, or choose another family."
     )
+
+
+def test_a_template_can_name_the_task_without_its_split() -> None:
+    config = TemplateConfig(family="task_identifier", options_share=0.0)
+    render = TemplateRenderer(config, "odd_or_even[x]:test@task_identifier", QUESTIONS)
+    assert render(QUESTIONS[3], occasion(0)).user == "(odd or even) Is 3 even?"
+
+
+def test_a_field_can_be_what_every_rendering_gives() -> None:
+    config = TemplateConfig(family="dialogue", fields={"context": "inputs"}, options_share=0.0)
+    talk = Example(inputs="Hello.", target="Hi.")
+    shown = TemplateRenderer(config, "talk", [talk])(talk, occasion(0))
+    assert "Hello." in shown.user
+    assert shown.response == "Hi."

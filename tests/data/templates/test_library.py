@@ -46,7 +46,7 @@ def fields_of(family: str) -> frozenset[str]:
     return needs or frozenset({"inputs"})
 
 
-GIVEN = ("inputs", "answer", "target", "rationale", "options")
+GIVEN = ("inputs", "answer", "target", "rationale", "options", "task")
 
 
 def records() -> st.SearchStrategy[dict[str, str]]:

@@ -13,9 +13,10 @@ from flanmoe.core.errors import ConfigError
 from flanmoe.core.seeds import SeedTree
 from flanmoe.study.analysis.analyse import analyse
 from flanmoe.study.analysis.budget import ArmCosts
-from flanmoe.study.analysis.claim_result import ClaimResult, budgets_table, claims_table
+from flanmoe.study.analysis.claim_result import ClaimResult
 from flanmoe.study.analysis.claims import Claim
 from flanmoe.study.analysis.observations import Observations
+from flanmoe.study.tables.claims import budgets_table, claims_table
 
 Table = Callable[..., Observations]
 Drawn = Callable[..., dict[str, Any]]
@@ -281,9 +282,17 @@ def test_a_claim_that_does_not_fit_the_study_is_refused(study: Callable[..., Obs
     with pytest.raises(ConfigError, match="must compare arms of the study"):
         _one(study(0.0), _claim(better="spare"))
     with pytest.raises(
-        ConfigError, match=re.escape("one that is measured (`accuracy`), but found `loss`")
+        ConfigError, match=re.escape("but found `accurcy`. Did you mean `accuracy`?")
     ):
-        _one(study(0.0), _claim(metric="loss"))
+        _one(study(0.0), _claim(metric="accurcy"))
+
+
+def test_a_metric_that_nobody_has_scores_of_is_not_measured(
+    study: Callable[..., Observations],
+) -> None:
+    found = _one(study(0.0), _claim(metric="loss"))
+    assert found.verdict == "not measured"
+    assert "needs scores of `loss`, but arm" in found.sentence
 
 
 def test_results_are_written_and_read_back(study: Callable[..., Observations]) -> None:

@@ -5,6 +5,7 @@ which style, whether answers are shown before it, whether reasoning is asked for
 answer is given and the question asked for.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -77,7 +78,7 @@ class TemplateRenderer:
 
     Args:
         config: which family, and the shares.
-        task: the task's name, for messages.
+        task: the task's name, for messages, and in words for templates that name the task.
         pool: where exemplars are drawn from; the example itself is left out.
 
     Raises:
@@ -160,18 +161,15 @@ class TemplateRenderer:
         return template.fill({**self._values(example), **given})
 
     def _values(self, example: Example) -> dict[str, Any]:
-        named = {
-            name: example.fields[field]
-            for name, field in self.config.fields.items()
-            if field in example.fields
-        }
-        return {
-            **example.fields,
-            **named,
+        given = {
+            "task": _in_words(self._task),
             "inputs": example.inputs,
             "target": example.target,
             "choices": list(example.choices),
         }
+        known = {**example.fields, **given}
+        named = {name: known[field] for name, field in self.config.fields.items() if field in known}
+        return {**example.fields, **named, **given}
 
     def _candidates(
         self, template: Template, example: Example, seeds: SeedTree
@@ -187,6 +185,11 @@ class TemplateRenderer:
             if template.form == "chain_of_thought" and not shown.rationales:
                 continue
             yield self._filled(template, shown, seeds, seeds.child("shown", row))
+
+
+def _in_words(task: str) -> str:
+    """Name a task as a text may: without split and renderer, `massive_en:test@intent` is `massive en`."""
+    return re.split(r"[\[:@]", task, maxsplit=1)[0].replace("_", " ")
 
 
 def _rationale(example: Example, seeds: SeedTree) -> str:

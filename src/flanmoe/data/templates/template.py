@@ -12,7 +12,7 @@ from flanmoe.core.names import listing
 from flanmoe.data.renderers.base import STRICT, Exchange
 
 # What every rendering gives, empty where an example has none; the rest are fields of the record.
-ALWAYS_GIVEN = frozenset({"inputs", "answer", "target", "options", "choices", "rationale"})
+ALWAYS_GIVEN = frozenset({"inputs", "answer", "target", "options", "choices", "rationale", "task"})
 
 Form = Literal["question", "chain_of_thought", "inversion"]
 

@@ -1,10 +1,11 @@
 """`SuiteConfig`: which tasks or which suite a model is scored on, and how."""
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from flanmoe.core.config import Config
 from flanmoe.core.names import listing, nearest_name_hint
-from flanmoe.data.tasks import TaskConfig
+from flanmoe.data.renderers.template import TemplateConfig
+from flanmoe.data.tasks import TaskConfig, worded
 from flanmoe.evaluation.suites.named import HELD_OUT, SUITE_NAMES, check_suite_name
 from flanmoe.evaluation.tasks.harness import HARNESS_PREFIX
 from flanmoe.models.precision import ChosenPrecision
@@ -46,6 +47,7 @@ class SuiteConfig(Config):
     Attributes:
         tasks: the tasks; each a mapping, or just its name. `family/*` stands for all tasks of
             a family, `lm-eval/NAME` for a task or a group of lm-eval.
+        template: wordings of every task in `tasks` that has neither a template nor a renderer of its own.
         suite: in place of `tasks`, a suite by name: `flan`, `held-out`, `smoke`.
         limit: most examples in all, the same share of every task; a task that has fewer leaves the
             rest to the others. In a suite of groups, most examples of each group. Which ones is drawn from
@@ -58,6 +60,8 @@ class SuiteConfig(Config):
         lm_eval_tasks: folder with lm-eval tasks of your own (YAML), beside those that it ships.
     """
 
+    # Before `tasks`, which are checked with it in hand.
+    template: TemplateConfig | None = None
     tasks: tuple[SuiteTask, ...] = ()
     suite: str | None = None
     limit: int | None = Field(default=None, ge=1)
@@ -66,6 +70,15 @@ class SuiteConfig(Config):
     capacity_drops: bool = False
     max_new_tokens: int | None = Field(default=None, ge=1)
     lm_eval_tasks: str | None = None
+
+    @field_validator("tasks")
+    @classmethod
+    def _tasks_have_the_template(
+        cls, value: tuple[SuiteTask, ...], info: ValidationInfo
+    ) -> tuple[SuiteTask, ...]:
+        return tuple(
+            task if task.of_harness else worded(task, info.data.get("template")) for task in value
+        )
 
     @field_validator("suite")
     @classmethod

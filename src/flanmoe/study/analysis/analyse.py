@@ -56,14 +56,15 @@ def analyse(
         examples) is `not measured`, and its sentence says why; the others are judged all the same.
 
     Raises:
-        ConfigError: if a claim names an arm that is not there or a metric that no arm has, or if its effect
-            has no matched arms.
+        ConfigError: if a claim names an arm or a metric that is not declared, or if its effect has no matched
+            arms.
     """
     check_claims(
         claims,
         arms=observations.arms,
         metrics=observations.metrics,
-        measured=observations.measured(),
+        # What nobody has scores of after all (a task at chance, an arm that failed) is a claim not measured.
+        measured=observations.metrics,
     )
     found: dict[str, _Measured] = {}
     reasons: dict[str, str] = {}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 from flanmoe.core.config import Config
-from flanmoe.study.report_text import short
+from flanmoe.study.number_text import short
 
 Budget = Literal["tokens", "training_flops", "flops_per_token", "active_parameters"]
 BUDGETS: tuple[Budget, ...] = get_args(Budget)

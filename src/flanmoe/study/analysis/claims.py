@@ -51,7 +51,7 @@ class Gain(Config):
     """What one thing adds to another.
 
     Attributes:
-        of: the arm with it; several count as their mean.
+        of: the arm with it; several, or a pattern, count as their mean.
         over: the arm without it.
     """
 
@@ -82,7 +82,7 @@ class Claim(Config):
         statement: what is claimed, in words.
         metric: what is compared.
         tasks: patterns of tasks; all tasks that the arms have where there are none.
-        better, than: arms; `better` is claimed to be better.
+        better, than: arms, or patterns of arms (`moe-*-direct`); `better` is claimed to be better.
         gain, than_gain: the first gain is claimed to be the larger one.
         effect, than_effect: the effect of a factor; with the second, the first is claimed to be larger.
         weights: any other contrast.
@@ -167,6 +167,29 @@ class Claim(Config):
     def arms(self) -> tuple[str, ...]:
         """Arms that the claim names; none for an effect, which is about all arms with its levels."""
         return tuple(dict.fromkeys([*self._fixed_weights(), *_named(self._fixed_sides())]))
+
+    def with_patterns_of(self, arms: Collection[str]) -> "Claim":
+        """Return the claim with every pattern of arms (`moe-*-direct`) replaced by the arms that it fits.
+
+        A pattern that fits none stays, for `check_claims` to name.
+        """
+
+        def named(side: Side | None) -> Side | None:
+            if side is None:
+                return None
+            fitting = [_fitting(pattern, arms) for pattern in side]
+            return tuple(dict.fromkeys(arm for names in fitting for arm in names))
+
+        def gains(gain: Gain | None) -> dict[str, Any] | None:
+            return None if gain is None else {"of": named(gain.of), "over": named(gain.over)}
+
+        changed = {
+            "better": named(self.better),
+            "than": named(self.than),
+            "gain": gains(self.gain),
+            "than_gain": gains(self.than_gain),
+        }
+        return Claim.model_validate({**self.model_dump(), **changed})
 
     def contrast(self, arms: Arms) -> Contrast:
         """Return the claim's arms as numbers.
@@ -302,6 +325,10 @@ def _problems(
             "neither more nor less is better, but found `better`."
         )
     return found
+
+
+def _fitting(pattern: str, arms: Collection[str]) -> Sequence[str]:
+    return [arm for arm in arms if fnmatchcase(arm, pattern)] or [pattern]
 
 
 def _named(sides: tuple[tuple[Side, Side], ...]) -> list[str]:

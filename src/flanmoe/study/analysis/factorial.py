@@ -183,7 +183,7 @@ def _relative(paired: Paired, cells: Sequence[tuple[str, str]]) -> RelativeGain:
             values.append(gain(with_it, without, least_baseline=LEAST_BASELINE))
         except DataError as error:
             values.append(None)
-            reasons.append(f"{gain.__name__}: {error}")
+            reasons.append(f"{gain.__name__.replace('_', ' ')}: {error}")
     return RelativeGain(ratio_of_means=values[0], mean_of_ratios=values[1], reasons=tuple(reasons))
 
 

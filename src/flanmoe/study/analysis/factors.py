@@ -39,9 +39,9 @@ class Effect(Config):
     @property
     def text(self) -> str:
         """The effect in words."""
-        given = ", ".join(f"{name} {_word(level)}" for name, level in self.given.items())
+        given = ", ".join(f"{name} {level_text(level)}" for name, level in self.given.items())
         where = f" with {given}" if given else ""
-        return f"{self.factor} {_word(self.of)} over {_word(self.over)}{where}"
+        return f"{self.factor} {level_text(self.of)} over {level_text(self.over)}{where}"
 
     def cells(self, arms: Arms) -> tuple[tuple[str, str], ...]:
         """Return the pairs of arms, the level's first, that differ in this factor alone.
@@ -152,13 +152,14 @@ def levels_of(arms: Arms, factor: str) -> list[Level]:
     return [level for _, level in found]
 
 
-def _same(first: Level, second: Level) -> bool:
+def same_level(first: Level, second: Level) -> bool:
+    """Whether two levels are the same; True and 1 are not."""
     return type(first) is type(second) and first == second
 
 
 def _differ_only(first: Factors, second: Factors, factor: str) -> bool:
     return first.keys() == second.keys() and all(
-        _same(first[name], second[name]) for name in first if name != factor
+        same_level(first[name], second[name]) for name in first if name != factor
     )
 
 
@@ -169,7 +170,8 @@ def _cells(arms: Arms, effect: Effect) -> tuple[tuple[str, str], ...]:
             arm
             for arm, factors in arms.items()
             if all(
-                name in factors and _same(factors[name], value) for name, value in wanted.items()
+                name in factors and same_level(factors[name], value)
+                for name, value in wanted.items()
             )
         ]
 
@@ -182,12 +184,13 @@ def _cells(arms: Arms, effect: Effect) -> tuple[tuple[str, str], ...]:
 
 def _require_level(arms: Arms, factor: str, level: Level) -> None:
     levels = levels_of(arms, factor)
-    if not any(_same(level, one) for one in levels):
+    if not any(same_level(level, one) for one in levels):
         raise ConfigError(
-            f"The factor `{factor}` has the levels {listing(map(_word, levels))}, but found `{_word(level)}`. "
-            "Add an arm with that level, or name another."
+            f"The factor `{factor}` has the levels {listing(map(level_text, levels))}, but found "
+            f"`{level_text(level)}`. Add an arm with that level, or name another."
         )
 
 
-def _word(level: Level) -> str:
+def level_text(level: Level) -> str:
+    """A level in words."""
     return ("on" if level else "off") if isinstance(level, bool) else str(level)

@@ -1,7 +1,7 @@
 """What a score is: its name, which way is better, and how its differences are shown."""
 
 from flanmoe.core.config import Config
-from flanmoe.study.report_text import difference_scale, difference_unit, signed
+from flanmoe.study.number_text import difference_scale, difference_unit, signed
 
 
 class Metric(Config):

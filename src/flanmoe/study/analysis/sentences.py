@@ -1,9 +1,9 @@
 """One plain sentence or two a verdict, with the numbers that it rests on."""
 
-from flanmoe.study.analysis.claim_result import ClaimResult, Measurement, p_text
+from flanmoe.study.analysis.claim_result import ClaimResult, Measurement
 from flanmoe.study.analysis.power import Scale
 from flanmoe.study.analysis.verdict import ALPHA, claimed_sign
-from flanmoe.study.report_text import exact
+from flanmoe.study.number_text import exact, p_text
 
 
 def sentence(result: ClaimResult) -> str:

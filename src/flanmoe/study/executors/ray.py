@@ -9,18 +9,23 @@ import importlib
 import importlib.util
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import Any
 
 from flanmoe.core.errors import ConfigError, FlanmoeError, Interrupted, UserError
-from flanmoe.study.child import as_answer, as_error, ask
-from flanmoe.study.executor import Leg, errand
+from flanmoe.study.child import as_answer, as_error
+from flanmoe.study.executor import Leg
+from flanmoe.study.executors.local import LocalExecutor
+from flanmoe.study.leg import is_taken
+from flanmoe.study.nodes import STAGES_FOLDER
 
 _ADDRESS = "RAY_ADDRESS"
 # Nothing large is handed over, so Ray's store of objects can be small.
 _OBJECT_STORE_BYTES = 100 * 2**20
+_SECONDS_BETWEEN_LOOKS = 0.2
 
 
 class RayExecutor:
@@ -58,7 +63,7 @@ class RayExecutor:
         data_dir = None if leg.data_dir is None else leg.data_dir.absolute()
         running = task.remote(replace(leg, study_dir=leg.study_dir.absolute(), data_dir=data_dir))
         self._running.append(running)
-        threading.Thread(target=_settle, args=(ray, running, future), daemon=True).start()
+        threading.Thread(target=_settle, args=(ray, running, leg, future), daemon=True).start()
         return future
 
     def _started(self) -> Any:
@@ -94,18 +99,29 @@ def _refusal(leg: Leg, nodes: Sequence[Mapping[str, Any]]) -> UserError | None:
 
 def _run(leg: Leg) -> dict[str, Any] | None:
     """Run a leg on a node; an error is answered, since Ray would wrap it."""
-    try:
-        ask(errand(leg))
-    except FlanmoeError as error:
-        return as_answer(error)
-    return None
+    executor = LocalExecutor()
+    future = executor.start(leg)
+    while not future.done():
+        try:
+            # Ray's Ctrl-C does not end a wait for a process, so there are many short ones.
+            wait([future], timeout=_SECONDS_BETWEEN_LOOKS)
+        except KeyboardInterrupt:
+            executor.interrupt()
+    error = future.exception()
+    if error is not None and not isinstance(error, FlanmoeError):
+        raise error
+    return None if error is None else as_answer(error)
 
 
-def _settle(ray: Any, running: Any, future: "Future[None]") -> None:
+def _settle(ray: Any, running: Any, leg: Leg, future: "Future[None]") -> None:
     try:
         answer = ray.get(running)
     except ray.exceptions.TaskCancelledError:
-        answer = as_answer(Interrupted("A task of Ray was stopped by Ctrl-C."))
+        # Said at once; the leg has yet to save its state, and holds a lock until it has.
+        folders = [leg.study_dir / STAGES_FOLDER / name for name in leg.stages]
+        while any(is_taken(folder) for folder in folders):
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        answer = as_answer(Interrupted(f"{leg.branch.name} was stopped by Ctrl-C."))
     except ray.exceptions.RayError as error:
         answer = as_answer(FlanmoeError(f"Ray could not run it: {error}"))
     if answer is None:

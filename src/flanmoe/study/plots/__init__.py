@@ -3,7 +3,9 @@
 Each is drawn with matplotlib without global state, and is the same for the same data on every run.
 """
 
+from flanmoe.study.plots.claims import claims as claims
 from flanmoe.study.plots.differences import paired_differences
+from flanmoe.study.plots.effects import effects as effects
 from flanmoe.study.plots.expert_load import expert_load as expert_load
 from flanmoe.study.plots.expert_load import expert_loads
 from flanmoe.study.plots.figure import Drawing as Drawing
@@ -17,8 +19,9 @@ from flanmoe.study.report_data import ReportData
 
 
 def drawings(data: ReportData) -> tuple[Drawing, ...]:
-    """Draw every figure that the data has something for, in the order in which they are shown."""
+    """Draw every figure but that of claims that the data has something for, in the order of the page."""
     drawn = (
+        effects(data.effects),
         loss_curves(data),
         scores(data),
         paired_differences(data),

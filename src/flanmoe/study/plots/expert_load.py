@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from flanmoe.study.arm_report import ExpertLoadReport
+from flanmoe.study.number_text import percent
 from flanmoe.study.plots.figure import INK, Drawing, new_figure
 from flanmoe.study.report_data import ReportData
-from flanmoe.study.report_text import percent
 
 # From light to dark all the way, so that the order survives without any hue.
 _LOAD_COLOURS = LinearSegmentedColormap.from_list(

@@ -15,13 +15,17 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-INK, MUTED, _GRID, PAPER = "#1f2328", "#59636e", "#d8dee4", "#ffffff"
+INK, MUTED, GRID, PAPER = "#1f2328", "#59636e", "#d8dee4", "#ffffff"
+# A green of its own: that of the third arm is the same to the eye, and means an arm.
+GOOD, BAD = "#0b7a5b", "#b42318"
 ARM_COLOURS = ("#0f62a8", "#c2410c", "#0b7a5a", "#7c3aad", "#8a6d00", "#b02a6f")
 _VARIABLES = {
     INK: "--ink",
     MUTED: "--muted",
-    _GRID: "--grid",
+    GRID: "--grid",
     PAPER: "--paper",
+    GOOD: "--good",
+    BAD: "--bad",
     **{colour: f"--arm-{number}" for number, colour in enumerate(ARM_COLOURS)},
 }
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -67,7 +71,7 @@ def new_figure(name: str, *, height: float) -> Generator[tuple[Figure, Finish]]:
         "axes.axisbelow": True,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "grid.color": _GRID,
+        "grid.color": GRID,
         "grid.linewidth": 0.7,
         "xtick.color": MUTED,
         "ytick.color": MUTED,
@@ -101,6 +105,7 @@ def _svg(figure: Figure, name: str, title: str, alt: str) -> str:
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'href="#', f'href="#{name}-', text)
     text = re.sub(r"url\(#", f"url(#{name}-", text)
+    text = re.sub(r'\bd="[^"]*"', _rounded, text)
     text = re.sub(r"#[0-9a-f]{6}\b", _themed, text)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px inherit", text)
     text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
@@ -112,6 +117,11 @@ def _svg(figure: Figure, name: str, title: str, alt: str) -> str:
         f'<title id="{name}-title">{_escaped(title)}</title>\n<desc id="{name}-desc">{_escaped(alt)}</desc>'
     )
     return opening + text[text.index(">") + 1 :]
+
+
+def _rounded(path: re.Match[str]) -> str:
+    """Hundredths of a point are finer than any screen, and half the size of what matplotlib writes."""
+    return re.sub(r"(\.\d\d)\d+", r"\1", path[0])
 
 
 def _themed(colour: re.Match[str]) -> str:

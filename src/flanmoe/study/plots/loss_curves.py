@@ -1,84 +1,190 @@
-"""Training loss over tokens."""
+"""Training loss over tokens, and over floating-point operations where these were counted."""
 
-import numpy as np
+from collections.abc import Sequence
+
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from flanmoe.study.arm_report import ArmReport, CurvePoint
-from flanmoe.study.plots.figure import ARM_COLOURS, MARKERS, Drawing, arm_colour, new_figure
+from flanmoe.study.number_text import short
+from flanmoe.study.plots.arm_groups import MOST_TOGETHER, arm_groups, first_arms
+from flanmoe.study.plots.curve_series import Cost, Series, series
+from flanmoe.study.plots.figure import MARKERS, MUTED, Drawing, Finish, arm_colour, new_figure
 from flanmoe.study.report_data import ReportData
-from flanmoe.study.report_text import short
 
 LINE_STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
-_POINTS_WITHOUT_SMOOTHING = 40
+_MOST_ARMS = 6 * MOST_TOGETHER
 _MOST_ARMS_IN_AXES = 4
 _LEGEND_COLUMNS = 3
+_LONGEST_IN_THREE, _LONGEST_IN_TWO = 21, 34
+_SUFFIXES = ((1e18, " E"), (1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k"))
 
 
 def loss_curves(data: ReportData) -> Drawing | None:
-    """Training loss of every arm over tokens; None where no arm has a finite loss."""
-    arms = [arm for arm in data.arms if _finite_points(arm)]
-    if not arms:
+    """Training loss of every arm over what it cost; None where no arm has a finite loss.
+
+    Of several seeds the mean, with a band over all. More arms than colours have a row of panels a group.
+    """
+    there = [arm for arm in data.arms if _finite_points(arm)]
+    if not there:
         return None
-    title = "Training loss over tokens"
+    arms = first_arms(data, there, _MOST_ARMS)
+    counted = any(series(arm, "flops") for arm in arms)
+    costs: tuple[Cost, ...] = ("tokens", "flops") if counted else ("tokens",)
+    draw = _together if len(arms) <= MOST_TOGETHER else _in_groups
+    return draw(data, arms, costs, _caption(arms, len(there) - len(arms)))
+
+
+def _together(
+    data: ReportData, arms: Sequence[ArmReport], costs: Sequence[Cost], caption: str
+) -> Drawing:
     is_crowded = len(arms) > _MOST_ARMS_IN_AXES
     legend_rows = -(-len(arms) // _LEGEND_COLUMNS) if is_crowded else 0
-    with new_figure("loss-curves", height=3.5 + 0.22 * legend_rows) as (figure, finish):
-        axes = figure.subplots()
-        for arm in arms:
-            _draw_curves(axes, arm, data.arms.index(arm))
-        axes.set(ylabel="loss (nats per token)")
-        tokens_axis(axes)
+    height = (3.5 if len(costs) == 1 else 5.4) + 0.22 * legend_rows
+    with new_figure("loss-curves", height=height) as (figure, finish):
+        panels = figure.subplots(len(costs), 1, squeeze=False, sharey=True)[:, 0]
+        for axes, cost in zip(panels, costs, strict=True):
+            for arm in arms:
+                _draw_arm(axes, arm, cost, data.arms.index(arm))
+            _name_axes(axes, cost)
         if is_crowded:
-            figure.legend(loc="outside lower center", ncols=_LEGEND_COLUMNS, fontsize=9)
+            handles, labels = panels[0].get_legend_handles_labels()
+            style = {"ncols": _LEGEND_COLUMNS, "fontsize": 9}
+            figure.legend(handles, labels, loc="outside lower center", **style)
         else:
-            axes.legend(loc="upper right")
-        alt = "; ".join(_curve_in_words(arm) for arm in arms)
-        return finish(
-            title,
-            f"{title}. {alt}.",
-            "Thin lines are single steps, thick ones a running mean (where there are enough steps for one). "
-            "Router losses are left out.",
+            panels[0].legend(loc="upper right")
+        return _finish(finish, arms, costs, caption)
+
+
+def _in_groups(
+    data: ReportData, arms: Sequence[ArmReport], costs: Sequence[Cost], caption: str
+) -> Drawing:
+    groups = arm_groups(arms)
+    legends = [_legend_columns(group) for group in groups]
+    heights = [
+        1.7 + 0.17 * -(-(len(group) + 1) // columns)
+        for group, columns in zip(groups, legends, strict=True)
+    ]
+    with new_figure("loss-curves", height=sum(heights)) as (figure, finish):
+        rows = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
+        left: list[Axes] = []
+        for row, group, columns in zip(rows, groups, legends, strict=True):
+            panels = row.subplots(1, len(costs), squeeze=False, sharey=True)[0]
+            left.append(panels[0])
+            for axes, cost in zip(panels, costs, strict=True):
+                _draw_group(axes, data, group, cost)
+                _name_axes(axes, cost, narrow=True)
+            panels[-1].yaxis.label.set_visible(len(panels) == 1)
+            handles, labels = panels[0].get_legend_handles_labels()
+            style = {"ncols": columns, "fontsize": 7.5, "columnspacing": 1.0}
+            row.legend(handles, labels, loc="outside lower center", handlelength=1.6, **style)
+        # Set, not shared: matplotlib draws a figure anew for each axis that parts of it share.
+        ends = [axes.get_ylim() for axes in left]
+        for axes in left:
+            axes.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
+        caption += " Grey, in every group: the baseline."
+        return _finish(finish, arms, costs, caption)
+
+
+def _legend_columns(group: Sequence[ArmReport]) -> int:
+    """Long names need wide columns."""
+    longest = max(len(arm.label) for arm in group)
+    return (
+        _LEGEND_COLUMNS if longest <= _LONGEST_IN_THREE else 2 if longest <= _LONGEST_IN_TWO else 1
+    )
+
+
+def _finish(
+    finish: Finish, arms: Sequence[ArmReport], costs: Sequence[Cost], caption: str
+) -> Drawing:
+    title = "Training loss over tokens" + (" and training FLOPs" if "flops" in costs else "")
+    alt = "; ".join(_curve_in_words(arm) for arm in arms)
+    return finish(title, f"{title}. {alt}.", caption)
+
+
+def _caption(arms: Sequence[ArmReport], left_out: int) -> str:
+    found = [one for arm in arms if (one := series(arm, "tokens"))]
+    words: list[str] = []
+    if any(one.low is not None for one in found):
+        words.append(
+            "Lines are means over seeds, bands reach from the lowest to the highest; they end where the first "
+            "seed has no finite loss any more."
         )
+    if any(one.steps is not None for one in found):
+        words.append("Thin lines are single steps, thick ones a running mean.")
+    elif any(one.smoothed for one in found):
+        words.append("Losses of single steps are smoothed by a running mean.")
+    words.append("Router losses are left out.")
+    if left_out:
+        words.append(f"{left_out} arms that no claim names are left out.")
+    return " ".join(words)
 
 
 def tokens_axis(axes: Axes) -> None:
     """Let the horizontal axis be that of tokens trained on."""
-    axes.set(xlabel="real tokens trained on")
+    _cost_axis(axes, "real tokens trained on")
+
+
+def _cost_axis(axes: Axes, label: str) -> None:
+    axes.set(xlabel=label)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
 
 
-def _draw_curves(axes: Axes, arm: ArmReport, number: int) -> None:
-    # One style further each time the colours start again, so that no two of 24 arms look the same.
-    line_style = LINE_STYLES[(number + number // len(ARM_COLOURS)) % len(LINE_STYLES)]
-    style = {"color": arm_colour(number), "linestyle": line_style}
-    for position, curve in enumerate(arm.curves):
-        points = [(point.tokens, point.loss) for point in curve.points if point.loss is not None]
-        if not points:
-            continue
-        tokens, losses = np.array(points, dtype=float).T
-        label = arm.label if position == 0 else None
-        smooth = len(points) > _POINTS_WITHOUT_SMOOTHING
-        if smooth:
-            axes.plot(tokens, losses, color=style["color"], linewidth=0.7, alpha=0.35)
-            tokens, losses = _running_mean(tokens, losses)
-        marker = None if smooth else MARKERS[number % len(MARKERS)]
-        axes.plot(
-            tokens, losses, **style, linewidth=1.8, marker=marker, markersize=3.5, label=label
-        )
+def _name_axes(axes: Axes, cost: Cost, *, narrow: bool = False) -> None:
+    labels: dict[Cost, str] = {"tokens": "real tokens trained on", "flops": "training FLOPs"}
+    _cost_axis(axes, labels[cost])
+    axes.set(ylabel="loss (nats per token)")
+    if narrow:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
+        axes.tick_params(labelsize=8)
+        axes.xaxis.label.set_fontsize(8.5)
+        axes.yaxis.label.set_fontsize(8.5)
 
 
-def _running_mean(tokens: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over a window of a fifteenth of the points, placed at the window's middle."""
-    width = max(3, len(losses) // 15)
-    window = np.ones(width) / width
-    return np.convolve(tokens, window, mode="valid"), np.convolve(losses, window, mode="valid")
+def _draw_group(axes: Axes, data: ReportData, group: Sequence[ArmReport], cost: Cost) -> None:
+    baseline = data.baseline_arm
+    line = series(baseline, cost)
+    if baseline not in group and line is not None:
+        style = {"color": MUTED, "linewidth": 1.2, "linestyle": LINE_STYLES[1]}
+        axes.plot(line.spent, line.loss, label=baseline.label, **style)
+    for number, arm in enumerate(group):
+        _draw_arm(axes, arm, cost, number, width=1.4)
+
+
+def _draw_arm(
+    axes: Axes, arm: ArmReport, cost: Cost, number: int, *, width: float = 1.8
+) -> Line2D | None:
+    line = series(arm, cost)
+    if line is None:
+        return None
+    colour = arm_colour(number)
+    if line.steps is not None:
+        axes.plot(*line.steps, color=colour, linewidth=0.7, alpha=0.35)
+    if line.low is not None and line.high is not None:
+        axes.fill_between(line.spent, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
+    (drawn,) = axes.plot(
+        line.spent,
+        line.loss,
+        color=colour,
+        linestyle=LINE_STYLES[number % len(LINE_STYLES)],
+        linewidth=width,
+        marker=_marker(line, number),
+        markersize=3.5,
+        label=arm.label,
+    )
+    return drawn
+
+
+def _marker(line: Series, number: int) -> str | None:
+    return None if line.smoothed else MARKERS[number % len(MARKERS)]
 
 
 def _tick(value: float) -> str:
-    if abs(value) >= 1e6:
-        return f"{value / 1e6:g} M"
-    return f"{value / 1e3:g} k" if abs(value) >= 1e3 else f"{value:g}"
+    for scale, suffix in _SUFFIXES:
+        if abs(value) >= scale:
+            return f"{value / scale:g}{suffix}"
+    return f"{value:g}"
 
 
 def _finite_points(arm: ArmReport) -> list[CurvePoint]:
@@ -86,8 +192,11 @@ def _finite_points(arm: ArmReport) -> list[CurvePoint]:
 
 
 def _curve_in_words(arm: ArmReport) -> str:
-    finite = _finite_points(arm)
-    first, last = finite[0], finite[-1]
-    return (
-        f"{arm.label}: from {first.loss:.3f} to {last.loss:.3f} after {short(last.tokens)} tokens"
-    )
+    curves = [[point for point in curve.points if point.loss is not None] for curve in arm.curves]
+    ends = [(points[0], points[-1]) for points in curves if points]
+    first, last = (sum(pair[place].loss or 0.0 for pair in ends) / len(ends) for place in (0, 1))
+    tokens = short(max(end.tokens for _, end in ends))
+    flops = [end.flops for _, end in ends if end.flops is not None]
+    spent = f"{tokens} tokens" + (f" and {short(max(flops))} FLOPs" if flops else "")
+    seeds = f", mean of {len(ends)} seeds" if len(ends) > 1 else ""
+    return f"{arm.label}: from {first:.3f} to {last:.3f} after {spent}{seeds}"

@@ -5,20 +5,29 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 
 from flanmoe.study.arm_report import ArmReport
+from flanmoe.study.number_text import size
+from flanmoe.study.plots.arm_groups import first_arms
 from flanmoe.study.plots.figure import MUTED, PAPER, Drawing, new_figure
 from flanmoe.study.report_data import ReportData
-from flanmoe.study.report_text import size
 
 # Parts of the estimate: neither the colours of arms nor hue alone, and readable on light and dark.
 _PART_COLOURS = ("#5b7083", "#8a9bab", "#a08458", "#6b8f71", "#9a7a94", "#7d7d7d", "#b5807a")
 _HATCHES = ("", "//", "--", "xx", "\\\\", "++", "||")
 
+_MOST_ARMS = 8
+
 
 def memory(data: ReportData) -> Drawing | None:
-    """Estimated memory, part by part, beside the measured peak; None where nothing was estimated."""
-    arms = [arm for arm in data.arms if arm.memory]
-    if not arms:
+    """Estimated memory, part by part, beside the measured peak; None where nothing was estimated.
+
+    Of many arms the baseline, those that claims name, and those that need most.
+    """
+    there = [arm for arm in data.arms if arm.memory]
+    if not there:
         return None
+    arms = first_arms(data, _largest_first(there), _MOST_ARMS)
+    left_out = len(there) - len(arms)
+    more = f" {left_out} arms are left out; the table has all." if left_out else ""
     title = "Memory of training: estimate and measurement"
     with new_figure("memory", height=1.55 + 0.62 * len(arms)) as (figure, finish):
         axes = figure.subplots()
@@ -30,8 +39,15 @@ def memory(data: ReportData) -> Drawing | None:
         return finish(
             title,
             f"{title}. {alt}.",
-            "Upper bar: the estimate made before the run, by part. Lower bar: the peak that was measured.",
+            "Upper bar: the estimate made before the run, by part. Lower bar: the peak that was measured."
+            + more,
         )
+
+
+def _largest_first(arms: Sequence[ArmReport]) -> Sequence[ArmReport]:
+    if len(arms) <= _MOST_ARMS:
+        return arms
+    return sorted(arms, key=lambda arm: -arm.memory.estimate_total if arm.memory else 0)
 
 
 def _draw_memory(axes: Axes, arms: Sequence[ArmReport], parts: Sequence[str]) -> None:

@@ -4,10 +4,10 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from flanmoe.study.arm_report import ArmReport
+from flanmoe.study.number_text import percent
 from flanmoe.study.plots.figure import MUTED, Drawing, arm_colour, new_figure
 from flanmoe.study.plots.loss_curves import LINE_STYLES, tokens_axis
 from flanmoe.study.report_data import ReportData
-from flanmoe.study.report_text import percent
 
 _MOST_ARMS = 6
 

@@ -3,8 +3,10 @@
 from flanmoe.study.report_data import ReportData
 from flanmoe.study.tables.base import Section as Section
 from flanmoe.study.tables.base import TextTable as TextTable
+from flanmoe.study.tables.claims import claims_section
 from flanmoe.study.tables.costs import costs, memory
 from flanmoe.study.tables.data import data_section
+from flanmoe.study.tables.effects import effects_section
 from flanmoe.study.tables.scores import clusters, comparisons, tasks
 from flanmoe.study.tables.summary import summary as summary
 from flanmoe.study.tables.training import curves, pretraining, routing, versions
@@ -13,6 +15,8 @@ from flanmoe.study.tables.training import curves, pretraining, routing, versions
 def sections(data: ReportData) -> tuple[Section, ...]:
     """The parts that can be unfolded, leaving out those that the data has nothing for."""
     everything = (
+        claims_section(data),
+        effects_section(data),
         comparisons(data),
         clusters(data),
         tasks(data),

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flanmoe.study.arm_report import ArmReport
-from flanmoe.study.report_text import (
-    peak_memory,
-    size,
-)
+from flanmoe.study.number_text import size
+from flanmoe.study.report_text import peak_memory
+
+# More arms have a row each.
+MOST_ARM_COLUMNS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,17 @@ class Section:
     title: str
     tables: tuple[TextTable, ...]
     sentences: tuple[str, ...] = ()
+
+
+def turned(table: TextTable) -> TextTable:
+    """Return a table of a column an arm with a row an arm; what is the same in every arm goes into its note."""
+    shared = [f"{name}: {cells[0]}" for name, *cells in table.rows if len(set(cells)) == 1]
+    differing = [row for row in table.rows if len(set(row[1:])) > 1]
+    note = f"The same in every arm: {'; '.join(shared)}. " if shared else ""
+    first = "arm" if table.header[0] else ""
+    columns = ((first, *table.header[1:]), *differing)
+    header, *rows = zip(*columns, strict=True)
+    return TextTable(header, tuple(rows), note=(note + table.note).strip(), title=table.title)
 
 
 def tuned_only(cell: Callable[[ArmReport], str]) -> Callable[[ArmReport], str]:

@@ -3,14 +3,16 @@
 from collections.abc import Callable, Iterable
 
 from flanmoe.study.arm_report import ArmReport
+from flanmoe.study.number_text import exact, short, signed, size
 from flanmoe.study.report_data import ReportData
-from flanmoe.study.report_text import (
-    exact,
-    short,
-    signed,
-    size,
+from flanmoe.study.tables.base import (
+    MOST_ARM_COLUMNS,
+    Section,
+    TextTable,
+    peak_text,
+    tuned_only,
+    turned,
 )
-from flanmoe.study.tables.base import Section, TextTable, peak_text, tuned_only
 
 _TUNING_COSTS: tuple[tuple[str, Callable[[ArmReport], str]], ...] = (
     ("parameters, trained", lambda arm: exact(arm.parameters.trainable)),
@@ -52,11 +54,12 @@ def _by_arm(
     note: str = "",
 ) -> TextTable:
     arms = tuple(arms)
-    return TextTable(
+    table = TextTable(
         ("quantity", *(arm.label for arm in arms)),
         tuple((name, *(cell(arm) for arm in arms)) for name, cell in quantities),
         note,
     )
+    return table if len(arms) <= MOST_ARM_COLUMNS else turned(table)
 
 
 def _step0_text(arm: ArmReport) -> str:

@@ -2,12 +2,8 @@
 
 from collections.abc import Sequence
 
+from flanmoe.study.number_text import exact, listed, percent
 from flanmoe.study.report_data import DataReport, MixtureData, ReportData, TaskData
-from flanmoe.study.report_text import (
-    exact,
-    listed,
-    percent,
-)
 from flanmoe.study.tables.base import Section, TextTable
 
 

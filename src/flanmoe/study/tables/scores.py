@@ -2,17 +2,14 @@
 
 from collections.abc import Sequence
 
-from flanmoe.study.arm_report import Evaluation, TaskScore
+from flanmoe.study.arm_report import ArmReport, ClusterScore, Evaluation, TaskScore
+from flanmoe.study.number_text import difference_unit, exact, percent
 from flanmoe.study.report_data import Comparison, ReportData
-from flanmoe.study.report_text import (
-    accuracy_text,
-    difference_text,
-    difference_unit,
-    exact,
-    loss_text,
-    percent,
-)
-from flanmoe.study.tables.base import Section, TextTable
+from flanmoe.study.report_text import accuracy_text, difference_text, loss_text
+from flanmoe.study.tables.base import MOST_ARM_COLUMNS, Section, TextTable
+
+_MOMENTS = ("loss before", "loss after", "accuracy before", "accuracy after")
+_MOST_TASK_ROWS = 600
 
 
 def comparisons(data: ReportData) -> Section:
@@ -54,7 +51,12 @@ def _error_text(comparison: Comparison, error: float | None) -> str:
 
 
 def clusters(data: ReportData) -> Section:
-    """Scores by kind of task, a column an arm; nothing where there is one kind only."""
+    """Scores by kind of task, a column an arm; nothing where there is one kind only.
+
+    Many arms have a row each for every kind.
+    """
+    if len(data.arms) > MOST_ARM_COLUMNS:
+        return _many_clusters(data)
     tables: list[TextTable] = []
     for moment in ("before", "after"):
         scored = [(arm.label, found) for arm in data.arms if (found := getattr(arm, moment))]
@@ -70,6 +72,42 @@ def clusters(data: ReportData) -> Section:
     return Section("Scores by kind of task", tuple(tables))
 
 
+def _many_clusters(data: ReportData) -> Section:
+    names = dict.fromkeys(
+        item.cluster for arm in data.arms for found in _moments(arm) for item in found.clusters
+    )
+    if len(names) < 2:
+        return Section("Scores by kind of task", ())
+    rows = [
+        (name, arm.label, *_moment_cells(_cluster(arm.before, name), _cluster(arm.after, name)))
+        for name in names
+        for arm in data.arms
+        if _moments(arm)
+    ]
+    table = TextTable(("kind of task", "arm", *_MOMENTS), tuple(rows))
+    return Section("Scores by kind of task", (table,))
+
+
+def _moments(arm: ArmReport) -> list[Evaluation]:
+    return [found for found in (arm.before, arm.after) if found is not None]
+
+
+def _cluster(evaluation: Evaluation | None, name: str) -> ClusterScore | None:
+    found = evaluation.clusters if evaluation else ()
+    return next((item for item in found if item.cluster == name), None)
+
+
+def _moment_cells(
+    before: ClusterScore | TaskScore | None, after: ClusterScore | TaskScore | None
+) -> tuple[str, ...]:
+    """Loss and accuracy of both moments; empty where the arm was not evaluated then."""
+    moments = (before, after)
+    return (
+        *(loss_text(found.loss) if found else "" for found in moments),
+        *(accuracy_text(found.accuracy) if found else "" for found in moments),
+    )
+
+
 def _cluster_row(name: str, evaluations: Sequence[Evaluation]) -> tuple[str, ...]:
     found = [
         next((item for item in evaluation.clusters if item.cluster == name), None)
@@ -82,7 +120,9 @@ def _cluster_row(name: str, evaluations: Sequence[Evaluation]) -> tuple[str, ...
 
 
 def tasks(data: ReportData) -> Section:
-    """Scores task by task, a table an arm and moment."""
+    """Scores task by task, a table an arm and moment; of many arms one table, the arms of a task together."""
+    if len(data.arms) > MOST_ARM_COLUMNS:
+        return Section("Scores by task", (_many_tasks(data),))
     tables = tuple(
         TextTable(
             (
@@ -103,6 +143,38 @@ def tasks(data: ReportData) -> Section:
         if evaluation is not None and evaluation.tasks
     )
     return Section("Scores by task", tables)
+
+
+def _many_tasks(data: ReportData) -> TextTable:
+    names = list(
+        dict.fromkeys(
+            item.task for arm in data.arms for found in _moments(arm) for item in found.tasks
+        )
+    )
+    shown = names[: max(1, _MOST_TASK_ROWS // len(data.arms))]
+    rows: list[tuple[str, ...]] = []
+    for name in shown:
+        for arm in data.arms:
+            before, after = _task(arm.before, name), _task(arm.after, name)
+            known = after or before
+            if known is not None:
+                cells = _moment_cells(before, after)
+                rows.append((name, arm.label, _num_examples(known), *cells, exact(known.num_seen)))
+    note = ""
+    if len(shown) < len(names):
+        note = f"The first {len(shown)} of {len(names)} tasks; report.json has all."
+    header = ("task", "arm", "n", *_MOMENTS, "seen in training")
+    return TextTable(header, tuple(rows), note=note)
+
+
+def _task(evaluation: Evaluation | None, name: str) -> TaskScore | None:
+    found = evaluation.tasks if evaluation else ()
+    return next((item for item in found if item.task == name), None)
+
+
+def _num_examples(task: TaskScore) -> str:
+    counts = [score.num_examples for score in (task.loss, task.accuracy) if score]
+    return exact(max(counts)) if counts else ""
 
 
 def _task_row(task: TaskScore) -> tuple[str, ...]:

@@ -3,21 +3,12 @@
 from collections.abc import Callable
 
 from flanmoe.study.arm_report import ArmReport, Evaluation
+from flanmoe.study.number_text import duration, exact, listed, percent, short, signed
 from flanmoe.study.report_data import ReportData
-from flanmoe.study.report_text import (
-    accuracy_text,
-    duration,
-    evaluated_examples,
-    exact,
-    listed,
-    loss_text,
-    percent,
-    short,
-    signed,
-)
-from flanmoe.study.tables.base import TextTable, peak_text, tuned_only
+from flanmoe.study.report_text import accuracy_text, evaluated_examples, loss_text
+from flanmoe.study.tables.base import MOST_ARM_COLUMNS, TextTable, peak_text, tuned_only, turned
 
-_MOST_ARM_COLUMNS = 5
+_MOST_NAMES = 8
 
 
 def summary(data: ReportData) -> TextTable:
@@ -45,7 +36,9 @@ def summary(data: ReportData) -> TextTable:
     if any(arm.pretraining for arm in data.arms):
         rows.append(("Loss on held-out text", _pretrained_text))
     if any(arm.before or arm.after for arm in data.arms):
-        rows += _score_rows(data)
+        scores = _score_rows(data)
+        # A row an arm is wide, and what its reader looks for stands beside the name.
+        rows = [*rows, *scores] if len(data.arms) <= MOST_ARM_COLUMNS else [*scores, *rows]
     if any(arm.expert_load for arm in data.arms):
         rows.append(("Busiest expert", _busiest_text))
         rows.append(("Unused experts", _unused_text))
@@ -58,17 +51,7 @@ def summary(data: ReportData) -> TextTable:
         note=_summary_note(data),
         group_ends=("Parameters, trained", "Peak memory"),
     )
-    return table if len(data.arms) <= _MOST_ARM_COLUMNS else _turned(table)
-
-
-def _turned(table: TextTable) -> TextTable:
-    """Return the table with a row an arm; what is the same in every arm goes into its note."""
-    shared = [f"{name}: {cells[0]}" for name, *cells in table.rows if len(set(cells)) == 1]
-    differing = [row for row in table.rows if len(set(row[1:])) > 1]
-    note = f"The same in every arm: {'; '.join(shared)}. " if shared else ""
-    columns = (table.header, *differing)
-    header, *rows = zip(*columns, strict=True)
-    return TextTable(header=header, rows=tuple(rows), note=note + table.note)
+    return table if len(data.arms) <= MOST_ARM_COLUMNS else turned(table)
 
 
 def _score_rows(data: ReportData) -> list[tuple[str, Callable[[ArmReport], str]]]:
@@ -163,7 +146,10 @@ def _descriptions(data: ReportData) -> list[str]:
     for arm in data.arms:
         labels.setdefault(arm.description, []).append(arm.label)
     labels.pop("", None)
-    return [
-        f"{'Every arm' if len(alike) == len(data.arms) > 1 else listed(alike)}: {description}."
+    names = {
+        description: "Every arm"
+        if len(alike) == len(data.arms) > 1
+        else listed(alike, most=_MOST_NAMES)
         for description, alike in labels.items()
-    ]
+    }
+    return [f"{alike}: {description}." for description, alike in names.items()]

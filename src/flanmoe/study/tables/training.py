@@ -1,43 +1,79 @@
 """Tables of how training went: routing, losses, versions."""
 
+from collections.abc import Sequence
 from statistics import fmean
 
 from flanmoe.moe.alerts import Alert
-from flanmoe.study.arm_report import ArmReport, ExpertLoadReport
+from flanmoe.study.arm_report import ArmReport, CurvePoint, ExpertLoadReport, RouterLosses
+from flanmoe.study.number_text import exact, percent, short, size
 from flanmoe.study.report_data import ReportData
-from flanmoe.study.report_text import (
-    exact,
-    percent,
-    size,
-)
-from flanmoe.study.tables.base import Section, TextTable
+from flanmoe.study.tables.base import MOST_ARM_COLUMNS, Section, TextTable
 
 _MOST_EXPERTS_NAMED = 6
+_MOST_LOADS = 4
 
 
 def routing(data: ReportData) -> Section:
-    """Router losses and the load of every expert."""
+    """Router losses and the load of every expert; of many arms a row each, and the loads that stand out."""
+    sparse = [arm for arm in data.arms if arm.expert_load is not None]
     tables: list[TextTable] = []
-    for arm in data.arms:
+    detailed = data.arms
+    if len(sparse) > MOST_ARM_COLUMNS:
+        tables.append(_loads_table(sparse))
+        detailed = sorted(sparse, key=_unevenness)[-_MOST_LOADS:]
+    for arm in detailed:
         if arm.router_losses is not None:
-            settings = [(name, str(value)) for name, value in arm.router_losses.settings.items()]
-            last = [
-                (f"{name}, last step", _finite(value))
-                for name, value in arm.router_losses.last.items()
-            ]
-            tables.append(
-                TextTable(
-                    ("router losses", arm.label),
-                    (*settings, *last),
-                    title=f"Router losses: {arm.label}",
-                )
-            )
+            tables.append(_router_table(arm, arm.router_losses))
         if arm.expert_load is not None:
             tables.append(_load_table(arm))
         if arm.expert_load is not None and arm.expert_load.tasks:
             tables.append(_task_table(arm, arm.expert_load))
     tables += [found for found in (_drops_table(data), _alert_table(data)) if found]
     return Section("Routing", tuple(tables))
+
+
+def _unevenness(arm: ArmReport) -> float:
+    return arm.expert_load.max_over_mean if arm.expert_load else 0.0
+
+
+def _router_table(arm: ArmReport, losses: RouterLosses) -> TextTable:
+    settings = [(name, str(value)) for name, value in losses.settings.items()]
+    last = [(f"{name}, last step", _finite(value)) for name, value in losses.last.items()]
+    return TextTable(
+        ("router losses", arm.label), (*settings, *last), title=f"Router losses: {arm.label}"
+    )
+
+
+def _loads_table(arms: Sequence[ArmReport]) -> TextTable:
+    """How even the load of each arm was, and its router losses at the end."""
+    names = dict.fromkeys(
+        name for arm in arms if arm.router_losses for name in arm.router_losses.last
+    )
+    rows = [
+        (
+            arm.label,
+            exact(load.num_experts),
+            f"{load.max_over_mean:.2f}",
+            f"{min(load.entropy_nats):.3f}" if load.entropy_nats else "",
+            exact(load.num_unused),
+            *(_last_loss(arm, name) for name in names),
+        )
+        for arm in arms
+        if (load := arm.expert_load) is not None
+    ]
+    header = ("arm", "experts", "busiest expert", "lowest entropy (nats)", "unused experts")
+    return TextTable(
+        (*header, *(f"{name}, last step" for name in names)),
+        tuple(rows),
+        title="Load of all arms",
+        note="Busiest expert: of any layer, times the even share. Entropy: of the most uneven layer; "
+        f"ln(experts) is even. Below: the {_MOST_LOADS} arms of the most uneven load; report.json has all.",
+    )
+
+
+def _last_loss(arm: ArmReport, name: str) -> str:
+    found = arm.router_losses.last if arm.router_losses else {}
+    return _finite(found[name]) if name in found else ""
 
 
 def _finite(value: float | None) -> str:
@@ -160,7 +196,15 @@ _MOST_CURVE_ROWS = 20
 
 
 def curves(data: ReportData) -> Section:
-    """Training losses, at most so many points an arm."""
+    """Training losses, at most so many points an arm; of many arms a row each seed."""
+    if len(data.arms) > MOST_ARM_COLUMNS:
+        return Section("Training loss", (_many_curves(data),))
+    has_flops = any(
+        point.flops is not None
+        for arm in data.arms
+        for curve in arm.curves
+        for point in curve.points
+    )
     tables: list[TextTable] = []
     for arm in data.arms:
         for curve in arm.curves:
@@ -169,8 +213,8 @@ def curves(data: ReportData) -> Section:
             whole = len(kept) == len(curve.points)
             tables.append(
                 TextTable(
-                    ("real tokens", "loss (nats per token)"),
-                    tuple((exact(point.tokens), _finite_loss(point.loss)) for point in points),
+                    ("real tokens", *(["FLOPs"] if has_flops else []), "loss (nats per token)"),
+                    tuple(_point_cells(point, has_flops=has_flops) for point in points),
                     title=f"{arm.label}, seed {curve.seed}",
                     note=""
                     if whole
@@ -178,6 +222,33 @@ def curves(data: ReportData) -> Section:
                 )
             )
     return Section("Training loss", tuple(tables))
+
+
+def _point_cells(point: CurvePoint, *, has_flops: bool) -> tuple[str, ...]:
+    flops = "" if point.flops is None else short(point.flops)
+    return (exact(point.tokens), *([flops] if has_flops else []), _finite_loss(point.loss))
+
+
+def _many_curves(data: ReportData) -> TextTable:
+    rows = [
+        (
+            arm.label,
+            str(curve.seed),
+            exact(last.tokens),
+            "" if last.flops is None else short(last.flops),
+            *(
+                _finite_loss(curve.points[round(share * (len(curve.points) - 1))].loss)
+                for share in (0, 0.25, 0.5, 0.75, 1)
+            ),
+        )
+        for arm in data.arms
+        for curve in arm.curves
+        if curve.points
+        for last in curve.points[-1:]
+    ]
+    header = ("arm", "seed", "real tokens", "FLOPs", "first loss", "at 25 %", "at 50 %", "at 75 %")
+    note = "Losses of single steps, nats per token; report.json has all."
+    return TextTable((*header, "last loss"), tuple(rows), note=note)
 
 
 def _spread(num_points: int) -> list[int]:
