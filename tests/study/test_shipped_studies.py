@@ -147,6 +147,8 @@ def test_three_setups_run_and_are_judged(made_up: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "flanmoe", "run", str(path), "--profile", "smoke", "--json"]
     cut = ["--set", "seeds=[0]", "--set", "grid.keep.model=[dense, moe-switch]"]
+    # The tokenizer learns made-up words alone, so that wordings take many tokens.
+    cut += ["--set", "defaults.evaluate.template.prompt_tokens=2000"]
     finished = subprocess.run(
         [*command, *cut, "--data-dir", str(made_up), "--out", str(out)],
         capture_output=True,

@@ -35,6 +35,7 @@ from flanmoe.study.report_data import Comparison, ReportData
 from flanmoe.study.report_mixtures import data_report
 from flanmoe.study.report_notes import machines, notes, step0_difference, warnings
 from flanmoe.study.report_routing import alerts, expert_load, routing_curve
+from flanmoe.study.self_test import self_test
 from flanmoe.study.study import Arm, Study
 
 
@@ -47,6 +48,7 @@ def collect(study: Study, run: RunDir) -> ReportData:
     arms = finished_results(study, run)
     data = data_report(arms)
     observed = observe(study, arms)
+    effects = _effects(study, observed)
     reports = tuple(_arm_report(study, name, seeds) for name, seeds in arms.items())
     return ReportData(
         study=study.name,
@@ -59,11 +61,11 @@ def collect(study: Study, run: RunDir) -> ReportData:
         arms=reports,
         data=data,
         claims=_claims(study, arms, observed),
-        effects=_effects(study, observed),
+        effects=effects,
         # Claims say what is compared with what; without them every arm is, with the baseline.
         comparisons=() if study.claims else tuple(_comparisons(study, arms)),
         warnings=(*unfinished(run), *warnings(arms), *observed.notes),
-        notes=tuple(notes(arms, data.mixtures)),
+        notes=(*notes(arms, data.mixtures), *_self_tests(study, observed, effects)),
     )
 
 
@@ -93,6 +95,17 @@ def _effects(study: Study, observed: Observed) -> tuple[FactorialTable, ...]:
             seeds = SeedTree(study.seeds[0]).child("effects").child(metric)
             found.append(factorial_effects(observed.observations, metric, seeds=seeds))
     return tuple(found)
+
+
+def _self_tests(study: Study, observed: Observed, effects: Sequence[FactorialTable]) -> list[str]:
+    draws = SeedTree(study.seeds[0]).child("self-test")
+    return [
+        sentence
+        for table in effects
+        for sentence in self_test(
+            observed.observations, table, seeds=draws.child(table.effects[0].metric.name)
+        )
+    ]
 
 
 def _arm_report(study: Study, name: str, seeds: Sequence[SeedResults]) -> ArmReport:
