@@ -19,7 +19,10 @@ _MOST_NAMES = 8
 def limits(data: ReportData) -> tuple[str, ...]:
     """What the run cannot show: the sentences that follow from the data, then those that it brings."""
     found = [*_scale_limit(data), *_seed_limit(data), *_interval_limit(data), *_seen_limit(data)]
-    return (*found, *_compute_limits(data), *data.limits)
+    # Claims name the budgets that their arms must share and say where they do not; arms that no claim compares
+    # may cost what they like.
+    compute = [] if data.claims else _compute_limits(data)
+    return (*found, *compute, *data.limits)
 
 
 def _scale_limit(data: ReportData) -> list[str]:

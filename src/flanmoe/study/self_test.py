@@ -37,8 +37,9 @@ def self_test(
     shown = metric.text(size, sign=False)
     verdict = "passes" if right == len(found) else "fails"
     return (
-        f"The self-test of the effects on {metric.name} {verdict}: an effect of {factor} of {shown} {metric.unit} "
-        f"and an interaction with {other} of {shown} were planted into a copy of the scores in which nothing "
-        f"differed; {right} of {len(found)} effects came out as planted, {sum(one.found for one in there)} of "
-        f"the {len(there)} that the planted ones are part of significantly so.",
+        f"The self-test of the effects on {metric.name} {verdict}: an effect of {factor} of {shown} "
+        f"{metric.unit} and an interaction with {other} of {shown} were planted into a copy of the scores in "
+        f"which nothing differed; {right} of {len(found)} effects came out as planted, "
+        f"{sum(one.found for one in there)} of the {len(there)} that the planted ones are part of significantly "
+        "so.",
     )
