@@ -40,6 +40,6 @@ def self_test(
         f"The self-test of the effects on {metric.name} {verdict}: an effect of {factor} of {shown} "
         f"{metric.unit} and an interaction with {other} of {shown} were planted into a copy of the scores in "
         f"which nothing differed; {right} of {len(found)} effects came out as planted, "
-        f"{sum(one.found for one in there)} of the {len(there)} that the planted ones are part of significantly "
-        "so.",
+        f"{sum(one.found for one in there)} of the {len(there)} that the planted ones are part of "
+        "significantly so.",
     )
