@@ -37,6 +37,7 @@ from flanmoe.study.report_notes import machines, notes, step0_difference, warnin
 from flanmoe.study.report_routing import alerts, expert_load, routing_curve
 from flanmoe.study.self_test import self_test
 from flanmoe.study.study import Arm, Study
+from flanmoe.study.written import written_study
 
 
 def collect(study: Study, run: RunDir) -> ReportData:
@@ -65,6 +66,7 @@ def collect(study: Study, run: RunDir) -> ReportData:
         # Claims say what is compared with what; without them every arm is, with the baseline.
         comparisons=() if study.claims else tuple(_comparisons(study, arms)),
         warnings=(*unfinished(run), *warnings(arms), *observed.notes),
+        written=written_study(run),
         notes=(*notes(arms, data.mixtures), *_self_tests(study, observed, effects)),
     )
 

@@ -18,7 +18,8 @@ from flanmoe.study.graph import build_graph
 from flanmoe.study.nodes import GRAPH_FILE, StageGraph
 from flanmoe.study.plan import plan_graph, plan_tables
 from flanmoe.study.study import Study
-from flanmoe.study.study_file import load_study, study_from_mapping
+from flanmoe.study.study_file import as_written, load_study, study_from_mapping
+from flanmoe.study.written import WRITTEN_FILE, WrittenStudy
 
 _DEFAULT_MINUTES = 15.0
 
@@ -66,7 +67,8 @@ def prepare(
         UserError: if an arm does not fit this machine, or something asked for cannot be done.
     """
     study = load_study(Path(file), overrides=overrides, profile=profile)
-    return _prepare(study, folder, data_dir=data_dir, resume=resume, workers=workers)
+    written = as_written(Path(file), profile=profile, overrides=overrides)
+    return _prepare(study, written, folder, data_dir=data_dir, resume=resume, workers=workers)
 
 
 def prepare_quickstart(
@@ -74,17 +76,26 @@ def prepare_quickstart(
 ) -> dict[str, Any]:
     """Plan the quickstart's study and make its folder; see `prepare`."""
     study = quickstart_study(minutes=minutes, overrides=overrides)
-    return _prepare(study, folder, data_dir=None, resume=resume, workers=workers)
+    # Its steps follow from the minutes, so the resolved recipe says more than the file.
+    written = WrittenStudy(files={"recipe.yaml": study.to_yaml()}, overrides=tuple(overrides))
+    return _prepare(study, written, folder, data_dir=None, resume=resume, workers=workers)
 
 
 def _prepare(
-    study: Study, folder: str | None, *, data_dir: str | None, resume: bool, workers: int
+    study: Study,
+    written: WrittenStudy,
+    folder: str | None,
+    *,
+    data_dir: str | None,
+    resume: bool,
+    workers: int,
 ) -> dict[str, Any]:
     path = Path(folder) if folder else Path("runs") / study.name
     data = Path(data_dir) if data_dir else None
     graph = build_graph(study, data)
     graph = _planned_before(graph, path) or _planned(study, graph, data, path, workers)
     run = open_study(path, study, graph, resume=resume)
+    run.write_json(WRITTEN_FILE, written.to_mapping())
     return {"folder": str(run.path)}
 
 

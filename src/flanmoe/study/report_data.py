@@ -16,6 +16,7 @@ from flanmoe.study.analysis.claim_result import ClaimResult
 from flanmoe.study.analysis.factorial import FactorialTable
 from flanmoe.study.arm_report import ArmReport
 from flanmoe.study.number_text import Metric
+from flanmoe.study.written import WrittenStudy
 
 
 class TaskData(Config):
@@ -158,6 +159,7 @@ class ReportData(Config):
         arms: in the order in which they are shown.
         data: what was trained on and what was kept back.
         claims: what the study claims, with verdicts, in its order; they decide the verdict of the page.
+        written: the files of the study as they were written.
         effects: effects of the arms' factors, a table a metric.
         comparisons: paired differences; without claims the `arms` ones, which are first, decide the verdict.
         warnings: sentences about what was left out or cut.
@@ -176,6 +178,7 @@ class ReportData(Config):
     data: DataReport = DataReport()
     claims: tuple[ClaimResult, ...] = ()
     effects: tuple[FactorialTable, ...] = ()
+    written: WrittenStudy | None = None
     comparisons: tuple[Comparison, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

@@ -26,6 +26,7 @@ from flanmoe.stages.recipe import Recipe, StageDefaults
 from flanmoe.study.grid import Grid, Rule
 from flanmoe.study.included import arms_of, claims_of
 from flanmoe.study.study import Arm, Study
+from flanmoe.study.written import WrittenStudy
 
 
 def load_study(path: Path, *, overrides: Sequence[str] = (), profile: str | None = None) -> Study:
@@ -38,11 +39,25 @@ def load_study(path: Path, *, overrides: Sequence[str] = (), profile: str | None
         ConfigError: lists every problem with its dotted path.
     """
     values = read_yaml(path)
-    files = _part(_Including, values, str(path)).include
-    studies = [load_study(path.parent / file, profile=profile) for file in files]
+    studies = [load_study(file, profile=profile) for file in _included(path, values)]
     rest = {key: value for key, value in values.items() if key != "include"}
     taken = _with_included(rest, studies) if studies else rest
     return study_from_mapping(taken, overrides=overrides, profile=profile, origin=str(path))
+
+
+def as_written(path: Path, *, profile: str | None, overrides: Sequence[str]) -> WrittenStudy:
+    """Return the text of a study's file, with the files that it includes, and what changed it."""
+    texts = {one.name: one.read_text(encoding="utf-8") for one in (path, *_all_included(path))}
+    return WrittenStudy(files=texts, profile=profile, overrides=tuple(overrides))
+
+
+def _all_included(path: Path) -> list[Path]:
+    own = _included(path, read_yaml(path))
+    return [found for file in own for found in (file, *_all_included(file))]
+
+
+def _included(path: Path, values: Mapping[str, Any]) -> list[Path]:
+    return [path.parent / file for file in _part(_Including, values, str(path)).include]
 
 
 def study_from_mapping(
