@@ -283,6 +283,7 @@ def test_an_override_that_is_no_yaml_is_named() -> None:
             "is not valid YAML: line 3, column 1: found the key `steps` twice.",
         ),
         (b"deep: {a: 1, a: 2}\n", "found the key `a` twice"),
+        (b"deep: {off: 1, false: 2}\n", "found the key `false` twice"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, content: bytes, message: str) -> None:

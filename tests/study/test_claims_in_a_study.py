@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flanmoe.core.errors import ConfigError
+from flanmoe.core.errors import ConfigError, DataError, FlanmoeError
 from flanmoe.core.rundir import RunDir
 from flanmoe.study.collect import collect
 from flanmoe.study.outcome import rebuild_report
@@ -110,6 +110,53 @@ def test_what_nobody_measures_is_refused_by_the_plan(
     with pytest.raises(ConfigError) as caught:
         plan_study(study, None)
     assert message in str(caught.value)
+
+
+def test_a_metric_that_an_arm_of_the_claim_lacks_is_refused_by_the_plan(
+    values: dict[str, Any],
+) -> None:
+    with_choices = {"stage": "evaluate", "tasks": ["exemplars/bbh/navigate"], "limit": 2}
+    values["arms"]["untuned"]["stages"] = [with_choices]
+    claims = [{**values["claims"][0], "metric": "accuracy"}]
+    study = study_from_mapping({**values, "claims": claims})
+    with pytest.raises(ConfigError, match="`tuned-1` is scored by `loss` and not by `accuracy`"):
+        plan_study(study, None)
+
+
+def test_words_that_are_not_there_are_refused_by_the_plan(values: dict[str, Any]) -> None:
+    (score,) = values["arms"]["untuned"]["stages"]
+    for family, message in (("answer_cu", "answer_cu"), ("entailment", "hypothesis")):
+        worded = {**score, "template": {"family": family}}
+        arms = {"untuned": {"stages": [worded]}}
+        study = study_from_mapping({**values, "arms": arms, "claims": []})
+        with pytest.raises(DataError, match=message):
+            plan_study(study, None)
+
+
+@pytest.mark.slow
+def test_a_study_of_which_an_arm_has_no_seed_finished_is_reported(
+    values: dict[str, Any], run_here: Callable[..., RunDir], tmp_path: Path
+) -> None:
+    values["seeds"] = [0]
+    del values["arms"]["tuned-2"]
+    broken = {**values["arms"]["tuned-1"], "factors": {"steps": 9}}
+    train = {**broken["stages"][0]["train"], "learning_rate": 1e30, "warmup_steps": 0}
+    broken["stages"] = [
+        {**broken["stages"][0], "train": {**train, "steps": 2}},
+        broken["stages"][1],
+    ]
+    values["arms"]["broken"] = broken
+    values["claims"] = [{**values["claims"][0], "better": ["tuned-1", "broken"]}]
+    study = study_from_mapping(values)
+    with pytest.raises(FlanmoeError, match="needs a finite gradient norm"):
+        run_here(study, tmp_path / "out")
+    data = collect(study, RunDir(tmp_path / "out"))
+    (claim,) = data.claims
+    assert claim.verdict == "not measured"
+    assert "arm `broken` has 0" in claim.sentence
+    (table,) = data.effects
+    assert [effect.name for effect in table.effects] == ["steps 1 over 0"]
+    assert table.failed == ("broken",)
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,41 @@ RULE = {
 }
 
 
+def test_a_rule_about_nothing_is_refused() -> None:
+    for never, message in (
+        (
+            {"shotz": 2},
+            "`rules.0.never` must name a factor (`general`, `shots`), but found `shotz`",
+        ),
+        ({"shots": 3}, "`rules.0.never.shots` must be a level of it (`0`, `2`), but found `3`"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            study_from_mapping({**values(), "rules": [{"never": never, "because": "so"}]})
+        assert message in str(caught.value)
+
+
+def test_numbers_in_names_stand_in_full() -> None:
+    changed = values()
+    changed["grid"]["factors"] = {"size": {1_000_000: {}, 1_000_001: {}, 0.5: {}}}
+    changed["grid"]["stages"] = [EVALUATE]
+    assert list(study_from_mapping(changed).arms) == ["size1000000", "size1000001", "size0_5"]
+
+
+def test_an_override_reaches_levels_that_are_no_text() -> None:
+    changed = ["grid.factors.shots.2.few.train.steps=9", "grid.factors.general.on.evaluate.limit=4"]
+    arms = study_from_mapping(values(), overrides=changed).arms
+    assert len(arms) == 4
+    assert arms["shots2"].stages[0].train.steps == 9
+    limits = {name: arm.stages[-1].limit for name, arm in arms.items()}
+    assert limits == {"shots0": None, "shots2": None, "general-shots0": 4, "general-shots2": 4}
+
+
+def test_parts_are_scored_on_tasks_of_their_own() -> None:
+    changed = values(parts=["shots"])
+    with pytest.raises(ConfigError, match=r"must be scored on tasks of their own, but .* share"):
+        study_from_mapping(changed)
+
+
 def test_a_rule_takes_cells_out_of_a_grid_and_refuses_listed_arms() -> None:
     ruled = {**values(), "rules": [RULE]}
     assert "shots2" not in study_from_mapping(ruled).arms

@@ -87,6 +87,38 @@ def test_a_study_written_out_is_the_same_study(whole: Study) -> None:
     assert Study.parse(yaml.safe_load(whole.to_yaml())) == whole
 
 
+def test_names_that_meet_and_settings_that_reach_nothing_are_refused(tmp_path: Path) -> None:
+    arms = {"x": {"model": "m", "stages": [EVALUATE]}}
+    write(tmp_path, "one", arms=arms)
+    whole = write(tmp_path, "both", include=["one.yaml"], arms={"one-x": arms["x"]})
+    with pytest.raises(ConfigError, match=r"arms.one-x: stands in two of the files"):
+        load_study(whole)
+    whole = write(tmp_path, "both", include=["one.yaml"], arms=None)
+    assert list(load_study(whole).arms) == ["one-x"]
+    with pytest.raises(ConfigError, match="defaults: has no effect on included arms"):
+        load_study(whole, overrides=["defaults.evaluate.limit=7"])
+    changed = load_study(whole, overrides=["arms.one-x.stages.0.limit=7"])
+    assert changed.arms["one-x"].stages[0].limit == 7
+    with pytest.raises(ConfigError, match="A study cannot include itself"):
+        load_study(write(tmp_path, "both", include=["both.yaml"]))
+
+
+def test_a_study_inside_one_inside_another_keeps_its_effects_apart(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        arms = {
+            size: {"model": name + size, "factors": {"size": size}, "stages": [EVALUATE]}
+            for size in ("small", "large")
+        }
+        effect = {"factor": "size", "of": "large", "over": "small"}
+        claim = {"name": "c", "statement": "s", "metric": "loss", "effect": effect, "margin": 1.0}
+        write(tmp_path, name, arms=arms, claims=[claim])
+    write(tmp_path, "inner", include=["one.yaml", "two.yaml"])
+    study = load_study(write(tmp_path, "outer", include=["inner.yaml"]))
+    claims = {claim.name: claim for claim in study.resolved_claims}
+    weights = claims["inner.one.c"].contrast(study.factors).weights
+    assert weights == {"inner-one-large": 1.0, "inner-one-small": -1.0}
+
+
 def test_a_missing_file_and_a_missing_profile_are_named(tmp_path: Path) -> None:
     path = write(tmp_path, "both", include=["none.yaml"])
     with pytest.raises(ConfigError, match=r"The file .*none.yaml does not exist"):

@@ -8,10 +8,17 @@ import pytest
 from flanmoe.core.ledger import Ledger
 from flanmoe.evaluation.results import ExampleRecord
 from flanmoe.study.arm_report import Flops, Parameters
-from flanmoe.study.observed import Results, arm_costs, observe, task_of
+from flanmoe.study.observed import Results, arm_costs, complete, observe, task_of
 from flanmoe.study.study import Study
 
 EVALUATE = {"stage": "evaluate", "tasks": ["exemplars/bbh/navigate"]}
+
+
+PART = {"part_of": "both"}
+OTHER_PART = {
+    "part_of": "both",
+    "stages": [{"stage": "evaluate", "tasks": ["exemplars/bbh/snarks"]}],
+}
 
 
 def study_of(**arms: dict[str, Any]) -> Study:
@@ -104,7 +111,7 @@ def test_a_task_is_the_same_in_every_prompt_format_unless_an_arm_asks_it_in_two(
 
 
 def test_scores_of_parts_are_those_of_one_arm() -> None:
-    study = study_of(one={"part_of": "both"}, two={"part_of": "both"}, other={})
+    study = study_of(one=PART, two=OTHER_PART, other={})
     left = results(
         one=[Left(0, Scored((record("t", "a", loss=1.0),)))],
         two=[Left(0, Scored((record("u", "a", loss=2.0),)))],
@@ -120,7 +127,9 @@ def test_scores_of_parts_are_those_of_one_arm() -> None:
 def test_accuracy_counts_where_an_arm_is_above_chance() -> None:
     def arm(right: dict[str, int]) -> list[Left]:
         answers = tuple(
-            record(task, str(place), loss=1.0, score=float(place < number), chance=0.5)
+            record(
+                task, str(place), loss=1.0, score=float(place < number), chance=0.5, label=place % 2
+            )
             for task, number in right.items()
             for place in range(20)
         )
@@ -134,11 +143,60 @@ def test_accuracy_counts_where_an_arm_is_above_chance() -> None:
     assert "Accuracy on `guessed` does not count" in found.notes[0]
 
 
+def test_always_giving_the_commonest_answer_is_no_better_than_chance() -> None:
+    # Eight of ten questions have the first of four answers.
+    def arm(right: set[int]) -> list[Left]:
+        answers = tuple(
+            record(
+                "t", str(place), score=float(place in right), chance=0.25, label=int(place >= 16)
+            )
+            for place in range(20)
+        )
+        return [Left(0, Scored(answers))]
+
+    assert observe(study_of(x={}), results(x=arm(set(range(16))))).at_chance == ("t",)
+    assert observe(study_of(x={}), results(x=arm(set(range(20))))).at_chance == ()
+
+
+def test_seeds_that_answer_the_same_questions_are_no_more_questions() -> None:
+    def arm(num_seeds: int) -> list[Left]:
+        answers = tuple(
+            record("t", str(place), score=float(place < 14), chance=0.5, label=place % 2)
+            for place in range(20)
+        )
+        return [Left(seed, Scored(answers)) for seed in range(num_seeds)]
+
+    # 14 of 20 is 1.95 standard errors above a half, however often it is said.
+    for num_seeds in (1, 9):
+        assert observe(study_of(x={}), results(x=arm(num_seeds))).at_chance == ("t",)
+
+
+def test_arms_that_lack_a_seed_or_a_task_or_diverged_are_left_out_of_effects() -> None:
+    def left(tasks: str, seeds: tuple[int, ...], loss: float = 1.0) -> list[Left]:
+        answers = tuple(record(task, "a", loss=loss) for task in tasks)
+        return [Left(seed, Scored(answers)) for seed in seeds]
+
+    arms = {name: {"factors": {"f": name}} for name in ("whole", "seed", "task", "diverged")}
+    scored = observe(
+        study_of(**arms, plain={}),
+        results(
+            whole=left("tu", (0, 1)),
+            seed=left("tu", (0,)),
+            task=left("t", (0, 1)),
+            diverged=left("tu", (0, 1), loss=float("nan")),
+            plain=left("v", (0, 1)),
+        ),
+    )
+    found = complete(scored.observations, "loss")
+    assert [arm for arm in found.arms if found.has("loss", arm)] == ["whole"]
+    assert list(found.arms) == list(arms)
+
+
 def test_costs_are_means_over_parts_and_seeds_of_all_training() -> None:
     def trained(tokens: int, flops: float) -> Trained:
         return Trained(Ledger(real_tokens=tokens, flops=flops))
 
-    study = study_of(one={"part_of": "both"}, two={"part_of": "both"}, none={})
+    study = study_of(one=PART, two=OTHER_PART, none={})
     left = results(
         one=[Left(0, None, {"p": trained(10, 100.0)}, {"t": trained(4, 40.0)}, active=5)],
         two=[Left(0, None, {"p": trained(10, 100.0)}, {"t": trained(8, 80.0)}, active=7)],

@@ -12,6 +12,8 @@ from typing import Any, get_args
 import pytest
 import yaml
 
+from flanmoe.data.tasks import TaskConfig
+from flanmoe.stages.recipe import TuneStage
 from flanmoe.study.analysis.verdict import Verdict
 from flanmoe.study.study_file import load_study
 
@@ -54,6 +56,36 @@ def test_every_study_loads_with_every_profile(path: Path, profile: str) -> None:
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_study_has_the_profiles(path: Path) -> None:
     assert {"smoke", "cpu", "gpu"} <= set(profiles(path))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_no_study_trains_on_many_tasks_that_it_asks(path: Path) -> None:
+    study = load_study(path, profile="cpu")
+    for arm in study.arms.values():
+        asked = {task.name for stage in arm.stages[-1:] for task in stage.tasks}
+        for stage in arm.stages:
+            if isinstance(stage, TuneStage) and stage.label not in ("fine_tune", "few_shot"):
+                trained = {task.name for task in stage.data.tasks}
+                assert not trained & asked, (path.stem, stage.label)
+                kept_apart = {task.name for task in stage.data.without_overlap_of}
+                assert asked <= kept_apart, (path.stem, stage.label)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_no_study_trains_and_asks_one_task_in_different_forms(path: Path) -> None:
+    study = load_study(path, profile="cpu")
+    for name, arm in study.arms.items():
+        (*_, scored) = arm.stages
+        forms = {task.name: _form(task) for task in scored.tasks}
+        for stage in arm.stages:
+            if isinstance(stage, TuneStage):
+                for task in stage.data.tasks:
+                    assert forms.get(task.name, _form(task)) == _form(task), (name, stage.label)
+
+
+def _form(task: TaskConfig) -> tuple[Any, ...]:
+    """Whether options are shown, and the labels in words."""
+    return (task.template and task.template.options_share, task.labels)
 
 
 def text(draw: random.Random, number: int) -> str:

@@ -60,14 +60,15 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping from its node."""
-        seen: set[str] = set()
+        seen: set[Any] = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == _YAML_MERGE:
                 continue
-            key = str(key_node.value)
+            # By value: `off` and `false` are one key.
+            key: Any = self.construct_object(key_node)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"found the key `{key}` twice", key_node.start_mark
+                    None, None, f"found the key `{key_node.value}` twice", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -186,7 +187,12 @@ def _assign(root: dict[str, Any], path: str, value: Any, override: str) -> None:
 def _index(node: Any, key: str, override: str) -> Any:
     """Return what `key` of a path means in `node`: a key of a mapping, or a place in a list."""
     if isinstance(node, dict):
-        return key
+        if key in node:
+            return key
+        # A key may be no text: `on`, `64`.
+        value = _scalar(key)
+        known = isinstance(value, bool | int | float) and value in node
+        return value if known else key
     if not isinstance(node, list):
         raise ConfigError(f"The override `{override}` runs through a value at `{key}`.")
     size = len(cast("list[Any]", node))

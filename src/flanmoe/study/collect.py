@@ -29,7 +29,7 @@ from flanmoe.study.arm_report import (
     TaskScore,
 )
 from flanmoe.study.number_text import Metric
-from flanmoe.study.observed import Observed, arm_costs, observe
+from flanmoe.study.observed import Observed, arm_costs, complete, observe
 from flanmoe.study.records import SeedResults, finished_results, unfinished
 from flanmoe.study.report_data import Comparison, ReportData
 from flanmoe.study.report_mixtures import data_report
@@ -76,11 +76,19 @@ def _claims(
 ) -> tuple[ClaimResult, ...]:
     if not study.claims:
         return ()
-    return analyse(
+    results = analyse(
         observed.observations,
         study.resolved_claims,
         arm_costs(study, arms),
         seeds=SeedTree(study.seeds[0]).child("claims"),
+    )
+    measured = observed.observations.measured()
+    # Scores that do not count are not scores that are missing.
+    return tuple(
+        result.model_copy(update={"sentence": observed.notes[0]})
+        if observed.at_chance and result.metric.name not in measured
+        else result
+        for result in results
     )
 
 
@@ -88,14 +96,11 @@ def _effects(study: Study, observed: Observed) -> tuple[FactorialTable, ...]:
     """Effects of the factors on every metric; none where no two arms differ in one factor alone."""
     found: list[FactorialTable] = []
     for metric in observed.observations.measured():
-        arms = {
-            arm: factors
-            for arm, factors in study.factors.items()
-            if observed.observations.has(metric, arm)
-        }
+        scores = complete(observed.observations, metric)
+        arms = {arm: factors for arm, factors in scores.arms.items() if scores.has(metric, arm)}
         if main_effects(arms):
             seeds = SeedTree(study.seeds[0]).child("effects").child(metric)
-            found.append(factorial_effects(observed.observations, metric, seeds=seeds))
+            found.append(factorial_effects(scores, metric, seeds=seeds))
     return tuple(found)
 
 
@@ -105,7 +110,9 @@ def _self_tests(study: Study, observed: Observed, effects: Sequence[FactorialTab
         sentence
         for table in effects
         for sentence in self_test(
-            observed.observations, table, seeds=draws.child(table.effects[0].metric.name)
+            complete(observed.observations, table.effects[0].metric.name),
+            table,
+            seeds=draws.child(table.effects[0].metric.name),
         )
     ]
 

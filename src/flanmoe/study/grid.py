@@ -112,6 +112,19 @@ class Grid(Config):
             for stage in self.stages
         )
 
+    def check(self, rules: Sequence[Rule]) -> None:
+        """Check that rules are about factors and levels of the grid.
+
+        Raises:
+            ConfigError: names the rule and what is there; a rule that can never hold forbids nothing.
+        """
+        for place, rule in enumerate(rules):
+            for name, levels in rule.never.items():
+                try:
+                    self._require_levels(name, levels, f"rules.{place}.never")
+                except ValueError as error:
+                    raise ConfigError(f"A rule must be about the grid: {error}.") from error
+
     def arms(self, rules: Sequence[Rule]) -> dict[str, dict[str, Any]]:
         """Return the arms as a study's file writes them, without the cells that a rule forbids.
 
@@ -206,5 +219,5 @@ def _name(factors: Mapping[str, Level]) -> str:
         elif isinstance(level, str):
             words.append(level)
         else:
-            words.append(f"{name}{level:g}".replace(".", "_"))
+            words.append(f"{name}{level}".replace(".", "_"))
     return "-".join(words) or "base"

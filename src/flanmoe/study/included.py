@@ -1,8 +1,10 @@
 """A study inside another: its arms and claims under names that begin with its own."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from flanmoe.study.analysis.claims import Claim
+from flanmoe.study.analysis.observations import Level
 from flanmoe.study.study import Study
 
 _STUDY = "study"
@@ -17,7 +19,7 @@ def arms_of(study: Study) -> dict[str, dict[str, Any]]:
         _named(study, name): {
             **arm.to_mapping(),
             # As they are: JSON has no other types for levels, but a mapping of it may have other keys.
-            "factors": {**arm.factors, _STUDY: study.name},
+            "factors": {**arm.factors, _STUDY: _study_of(study, arm.factors)},
             "part_of": _named(study, arm.part_of) if arm.part_of else "",
         }
         for name, arm in study.arms.items()
@@ -42,12 +44,19 @@ def _claim(study: Study, claim: Claim) -> dict[str, Any]:
             }
     for key in _EFFECTS:
         if key in written:
-            written[key]["given"] = {**written[key]["given"], _STUDY: study.name}
+            given = written[key]["given"]
+            written[key]["given"] = {**given, _STUDY: _study_of(study, given)}
     if "weights" in written:
         written["weights"] = {
             _named(study, arm): weight for arm, weight in written["weights"].items()
         }
     return written
+
+
+def _study_of(study: Study, factors: Mapping[str, Level]) -> str:
+    """Return the level of the factor that tells studies apart: where one is inside another, both names."""
+    inner = factors.get(_STUDY)
+    return study.name if inner is None else _named(study, str(inner))
 
 
 def _named(study: Study, arm: str) -> str:

@@ -4,10 +4,11 @@ An arm is scored by its last evaluation. Questions that it was trained on do not
 same in every prompt format, so that arms which differ in the prompt alone can be compared on it.
 """
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import NormalDist, fmean, stdev
 
 from flanmoe.core.ledger import Ledger
 from flanmoe.core.names import listing
@@ -19,8 +20,8 @@ from flanmoe.study.records import SeedResults
 from flanmoe.study.study import Study
 
 Results = Mapping[str, Sequence[SeedResults]]
-# So many standard errors above chance count as more than luck.
-_STANDARD_ERRORS = 2.0
+# One-sided, of all systems together.
+_LEVEL = 0.025
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +42,8 @@ class Observed:
         if not self.at_chance:
             return ()
         return (
-            f"Accuracy on {listing(self.at_chance)} does not count in claims and effects: no arm lies "
-            f"{_STANDARD_ERRORS:g} standard errors above chance there, so a difference would be one of "
-            "guesses.",
+            f"Accuracy on {listing(self.at_chance)} does not count in claims and effects: no arm is above "
+            "chance there, so a difference would be one of guesses.",
         )
 
 
@@ -122,21 +122,60 @@ def _observations(
 
 
 def _at_chance(scored: Sequence[tuple[str, int, ExampleRecord]]) -> tuple[str, ...]:
-    """Return the tasks with choices on which no system is above chance, all its seeds together."""
-    gains: dict[str, dict[str, list[float]]] = {}
+    """Return the tasks with choices on which no system is above chance.
+
+    Chance is guessing, or always giving the answer that is right most often, whichever is better. Scores are
+    averaged over seeds first, which answer the same questions; the level is divided by the number of systems.
+    """
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    chances: dict[str, dict[str, tuple[float, int | None]]] = {}
     for system, _, record in scored:
         if record.score is not None and record.chance is not None:
-            gains.setdefault(record.task, {}).setdefault(system, []).append(
-                record.score - record.chance
-            )
+            answers = found.setdefault(record.task, {}).setdefault(system, {})
+            answers.setdefault(record.key, []).append(record.score)
+            chances.setdefault(record.task, {})[record.key] = (record.chance, record.label)
     return tuple(
         task
-        for task, systems in sorted(gains.items())
-        if not any(_is_above_zero(values) for values in systems.values())
+        for task, systems in sorted(found.items())
+        if not any(
+            _is_above(answers.values(), _chance(chances[task].values()), len(systems))
+            for answers in systems.values()
+        )
     )
 
 
-def _is_above_zero(values: Sequence[float]) -> bool:
-    if len(values) < 2:
-        return values[0] > 0
-    return fmean(values) > _STANDARD_ERRORS * stdev(values) / len(values) ** 0.5
+def _chance(known: Collection[tuple[float, int | None]]) -> float:
+    labels = Counter(label for _, label in known if label is not None)
+    most = max(labels.values(), default=0) / len(known)
+    return max(fmean(chance for chance, _ in known), most)
+
+
+def _is_above(answers: Collection[Sequence[float]], chance: float, num_systems: int) -> bool:
+    gains = [fmean(scores) - chance for scores in answers]
+    if len(gains) < 2:
+        return False
+    errors = NormalDist().inv_cdf(1 - _LEVEL / num_systems)
+    return fmean(gains) > errors * stdev(gains) / len(gains) ** 0.5
+
+
+def complete(observations: Observations, metric: str) -> Observations:
+    """Return the scores of those arms with factors that are scored with every seed and on every task.
+
+    All arms stay declared, so that those without scores are known to be left out.
+    """
+    arms = [arm for arm, factors in observations.arms.items() if factors]
+    seeds = {seed for arm in arms for seed in observations.seeds(metric, arm)}
+    tasks = observations.tasks(metric, arms)
+    whole = {
+        arm
+        for arm in arms
+        if all(
+            (scores := observations.scores(metric, arm, seed, task))
+            and all(map(math.isfinite, scores.values()))
+            for seed in seeds
+            for task in tasks
+        )
+    }
+    kept = (one for one in observations.records() if one.metric == metric and one.arm in whole)
+    declared = {arm: observations.arms[arm] for arm in arms}
+    return Observations(kept, arms=declared, metrics=observations.metrics.values())

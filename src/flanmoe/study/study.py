@@ -113,7 +113,22 @@ class Study(Config):
                 raise ValueError(
                     f"arms that are parts of `{name}` must have the same `factors`, but {listing(parts)} differ"
                 )
+            self._require_tasks_of_their_own(name, parts)
         return self
+
+    def _require_tasks_of_their_own(self, name: str, parts: tuple[str, ...]) -> None:
+        tasks = [
+            task.identity
+            for part in parts
+            for stage in self.evaluations(part)[-1:]
+            for task in stage.listed
+        ]
+        twice = [task for task in dict.fromkeys(tasks) if tasks.count(task) > 1]
+        if len(parts) > 1 and twice:
+            raise ValueError(
+                f"arms that are parts of `{name}` must be scored on tasks of their own, but {listing(parts)} "
+                f"share `{twice[0]}`"
+            )
 
     @model_validator(mode="after")
     def _claims_can_be_judged(self) -> "Study":

@@ -38,11 +38,35 @@ def load_study(path: Path, *, overrides: Sequence[str] = (), profile: str | None
     Raises:
         ConfigError: lists every problem with its dotted path.
     """
+    return _loaded(path, overrides=overrides, profile=profile, inside=())
+
+
+def _loaded(
+    path: Path, *, overrides: Sequence[str], profile: str | None, inside: tuple[Path, ...]
+) -> Study:
     values = read_yaml(path)
-    studies = [load_study(file, profile=profile) for file in _included(path, values)]
+    if path.resolve() in inside:
+        raise ConfigError(f"A study cannot include itself, but {path} is inside itself.")
+    files, own = _included(path, values), (*inside, path.resolve())
+    studies = [_loaded(file, overrides=(), profile=profile, inside=own) for file in files]
     rest = {key: value for key, value in values.items() if key != "include"}
-    taken = _with_included(rest, studies) if studies else rest
-    return study_from_mapping(taken, overrides=overrides, profile=profile, origin=str(path))
+    if studies:
+        _check_reaches_included(rest, overrides, str(path))
+        rest = _with_included(rest, studies, str(path))
+    return study_from_mapping(rest, overrides=overrides, profile=profile, origin=str(path))
+
+
+def _check_reaches_included(
+    values: Mapping[str, Any], overrides: Sequence[str], origin: str
+) -> None:
+    """Refuse what would have no effect on arms that are taken as they are."""
+    changed = [override.partition("=")[0].partition(".")[0] for override in overrides]
+    for key in (*values, *changed):
+        if key in _NOT_BESIDE_INCLUDE:
+            raise ConfigError(
+                f"{origin} has 1 problem:\n  {key}: has no effect on included arms, which are complete; change "
+                "them in their own files, or one by one as `arms.NAME.stages.0...`."
+            )
 
 
 def as_written(path: Path, *, profile: str | None, overrides: Sequence[str]) -> WrittenStudy:
@@ -119,6 +143,7 @@ class _Ruled(Config):
 
 
 _Part = TypeVar("_Part", bound=Config)
+_NOT_BESIDE_INCLUDE = frozenset({"defaults", "model", "grid", "rules"})
 
 
 def _part(kind: type[_Part], values: Mapping[str, Any], origin: str) -> _Part:
@@ -140,18 +165,21 @@ def _profile(values: Mapping[str, Any], profile: str | None, origin: str) -> dic
     return profiles[profile]
 
 
-def _with_included(values: dict[str, Any], studies: Sequence[Study]) -> dict[str, Any]:
+def _with_included(values: dict[str, Any], studies: Sequence[Study], origin: str) -> dict[str, Any]:
     """Put the arms and claims of other studies before those of a file."""
     arms: dict[str, Any] = {}
     claims: list[Any] = []
+    for taken in (*map(arms_of, studies), values.get("arms") or {}):
+        both = sorted(set(arms).intersection(taken))
+        if both:
+            raise ConfigError(
+                f"{origin} has 1 problem:\n  arms.{both[0]}: stands in two of the files; give one of them "
+                "another name."
+            )
+        arms |= taken
     for study in studies:
-        arms |= arms_of(study)
         claims += claims_of(study)
-    return {
-        **values,
-        "arms": {**arms, **values.get("arms", {})},
-        "claims": [*claims, *values.get("claims", [])],
-    }
+    return {**values, "arms": arms, "claims": [*claims, *(values.get("claims") or [])]}
 
 
 def _with_grid(values: dict[str, Any], origin: str) -> dict[str, Any]:
@@ -161,7 +189,9 @@ def _with_grid(values: dict[str, Any], origin: str) -> dict[str, Any]:
     listed = rest.get("arms", {})
     if grid is None or not isinstance(listed, dict):
         return rest
-    crossed = grid.arms(_part(_Ruled, values, origin).rules)
+    rules = _part(_Ruled, values, origin).rules
+    grid.check(rules)
+    crossed = grid.arms(rules)
     both = sorted(set(crossed).intersection(listed))
     if both:
         raise ConfigError(

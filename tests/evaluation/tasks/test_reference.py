@@ -44,6 +44,24 @@ def test_the_prompts_by_hand(task: MakeTask, lm: DecoderLM) -> None:
     assert document.num_tokens == 4
 
 
+def test_with_a_template_choices_are_answers_in_its_words(task: MakeTask, lm: DecoderLM) -> None:
+    rows = [{"question": "Sky?", "choices": ["red", "deep blue"], "label": 1}]
+    words = {"family": "answer_cue", "options_share": 0.0}
+    (document,) = _held_out(task("sky", rows, template=words), lm).test_docs()
+    asked = "<|im_start|>user\nInput: Sky?\n\nAnswer:<|im_end|>\n<|im_start|>assistant\n"
+    assert document.pairs == (
+        (asked, "deep blue<|im_end|>"),
+        (asked, "red<|im_end|>"),
+        (asked, "deep blue<|im_end|>"),
+    )
+    letters = {"family": "answer_cue", "options_share": 1.0}
+    (document,) = _held_out(task("sky", rows, template=letters), lm).test_docs()
+    assert [answer for _, answer in document.pairs] == [f"({x})<|im_end|>" for x in "BAB"]
+    (record,) = _records(_held_out(task("sky", rows, template=words), lm), lm)
+    # The right choice is the reference answer, so both likelihoods are of the same text.
+    assert record.choice_scores[1] == pytest.approx(-record.loss * record.num_tokens, rel=1e-5)
+
+
 def test_the_loss_is_over_the_rendering_of_the_task(task: MakeTask, lm: DecoderLM) -> None:
     rows = [{"question": "2 + 2?", "answer": "4", "rationale": "Two and two."}]
     (free,) = _held_out(task("sum", rows), lm).test_docs()

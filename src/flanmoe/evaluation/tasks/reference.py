@@ -2,12 +2,13 @@
 
 Every example asks for one log-likelihood, that of its reference answer in the task's own rendering:
 the loss, on the same text and tokens that training would see. An example with choices asks for one
-more per choice, in a prompt that wants the letter only. All letters continue the same text by one
-token, so they share one forward pass.
+more per choice. Where the task has a template, each choice is the answer in the words of that template,
+after the same prompt: what is compared is what is trained. Without one the prompt wants the letter only;
+all letters continue the same text by one token, so they share one forward pass.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, final
 
@@ -109,12 +110,25 @@ class ReferenceTask(HeldTask[ReferenceDocument]):
 def _pairs(example: Example, task: Task, tokenizer: Tokenizer) -> tuple[tuple[str, str], ...]:
     reference = render_chat(example, task.renderer, tokenizer, task.name)
     pairs = [(reference.prompt, reference.response)]
-    if example.label is not None:
+    if example.label is None:
+        return tuple(pairs)
+    if task.config.template is not None:
+        pairs += [
+            (reference.prompt, _answered(example, label, task, tokenizer))
+            for label in range(len(example.choices))
+        ]
+    else:
         direct = render_chat(example, renderer_named("direct"), tokenizer, task.name)
         start, letters = _distinct_parts(answer_texts(example))
         context = direct.prompt + ANSWER_PREFIX + start
         pairs += [(context, letter) for letter in letters]
     return tuple(pairs)
+
+
+def _answered(example: Example, label: int, task: Task, tokenizer: Tokenizer) -> str:
+    """Return what the model would say if this choice were the right one; the seeds are those of the example."""
+    other = replace(example, label=label, target=example.choices[label])
+    return render_chat(other, task.renderer, tokenizer, task.name).response
 
 
 def _document(
