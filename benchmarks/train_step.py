@@ -140,7 +140,8 @@ def flanmoe_course(
 def trl_course(model: PreTrainedModel, rows: list[Packed], arguments: argparse.Namespace) -> Course:
     """Train with TRL on rows that are packed already, with the model's own auxiliary loss."""
     course = Course()
-    model.set_experts_implementation(arguments.peer_experts)
+    if arguments.upcycle:
+        model.set_experts_implementation(arguments.peer_experts)
     is_sparse = bool(moe_blocks(model))
     if is_sparse:
         model.config.output_router_logits = True
@@ -218,7 +219,7 @@ def summary(
         "benchmark": "train_step",
         "model": arguments.model + ("+upcycled-8x2-granular" if arguments.upcycle else ""),
         "precision": arguments.precision,
-        "trl_experts": arguments.peer_experts,
+        "trl_experts": arguments.peer_experts if arguments.upcycle else None,
         "real_tokens_per_step": tokens,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
