@@ -7,9 +7,10 @@ A shape is a number of experts, of experts a token, a hidden size, an expert wid
 that compute gated experts (SiLU) have the same weights and the same random choices; the dense FFN has the
 same activation and top-k times the width, so the same FLOPs. transformers' Switch has no gate: it is compared
 with flanmoe's experts without a gate, both 1.5 times as wide, at top-1. st-moe-pytorch routes by itself, with
-room for all choices on average, in float32, from top-2 on; its layer is timed with its router. `products` is
-the six matrix products of the experts alone, written into place. Contenders take turns, round after round; a
-step is a forward and a backward pass to inputs, gates and weights.
+room for all choices on average, in float32, from top-2 on; its layer is timed with its router. On CUDA
+ScatterMoE and sonic-moe take part where they are installed (`cuda_peers.py`). `products` is the six matrix
+products of the experts alone, written into place. Contenders take turns, round after round; a step is a forward
+and a backward pass to inputs, gates and weights.
 
 Memory is what tensors hold, as the allocator reports it. `saved`: alive after a forward pass that a backward
 pass may follow, without the output. `peak`: the most during forward and backward, without the gradients that
@@ -34,6 +35,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("FLANMOE_CHECK_SHAPES", "0")
 
 import torch
+from cuda_peers import cuda_peers
 from rich.table import Table
 from st_moe_pytorch import MoE
 from torch import Tensor, nn
@@ -247,6 +249,15 @@ def contenders_of(shape: Shape, inputs: Inputs, skipped: Sequence[str]) -> dict[
         found |= ungated(shape, inputs)
     elif inputs.hidden.dtype == torch.float32:
         found[ST_MOE] = st_moe(shape, inputs)
+    if inputs.hidden.is_cuda:
+        peers = cuda_peers(
+            inputs.hidden,
+            inputs.expert_ids,
+            inputs.gates,
+            num_experts=shape.experts,
+            width=shape.width,
+        )
+        found |= {name: Contender(*peer) for name, peer in peers.items()}
     return {name: contender for name, contender in found.items() if name not in skipped}
 
 

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from transformers import PreTrainedModel, TrainingArguments
 
 from flanmoe.core.config import Config
 from flanmoe.core.console import say, show_table
@@ -18,6 +19,7 @@ from flanmoe.core.seeds import SeedTree
 from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.dropout import dropout
 from flanmoe.models.expert_dropout import expert_dropout
+from flanmoe.models.expert_path import expert_path
 from flanmoe.models.freezing import WhatTrains, frozen, trains_table, what_trains
 from flanmoe.moe.alerts import Alert
 from flanmoe.moe.block import MoEBlock
@@ -166,8 +168,7 @@ def tune(
     Raises:
         ConfigError: if `target_length` or `sharding` does not suit the kind of model.
         RunError: if `resume` is set and there is no complete checkpoint.
-        ModelError: if weights are in less than float32, examples that share a row see each other,
-            or `freeze`, `expert_dropout` or `tuner` does not suit the model, or a tuner cannot be merged.
+        ModelError: if weights below float32, `freeze`, `expert_dropout` or `tuner` do not suit, or rows leak.
         Interrupted: after Ctrl-C; a checkpoint has been written.
         DiskError: if a checkpoint or a log cannot be written.
         DataError: if the stream ends or a step has no token that enters the loss.
@@ -178,6 +179,7 @@ def tune(
     checkpoint = _checkpoint_to_resume(run) if resume else None
     blocks = moe_blocks(model)
     is_shown = arguments.process_index == 0
+    _say_how_experts_compute(model, blocks, arguments)
     ledger = LedgerKeeper(flops_per_token=flops_per_token, device=arguments.device)
     own = _own_records(run, arguments.process_index)
     records = _records(ledger, own, blocks, stream, config.routing, is_shown=is_shown)
@@ -198,6 +200,15 @@ def tune(
         merged = None if tuner is None else _finished(tuner, config, run, is_shown=is_shown)
     result = _result(own, records, trains).model_copy(update={"merged": merged})
     return _with_routing(result, config, own, blocks, records) if blocks else result
+
+
+def _say_how_experts_compute(
+    model: PreTrainedModel, blocks: Sequence[MoEBlock], arguments: TrainingArguments
+) -> None:
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    path = expert_path(model, blocks, dtype=dtype, device=arguments.device)
+    if path is not None and arguments.process_index == 0:
+        say(f"    experts: {path}")
 
 
 @contextmanager
