@@ -206,7 +206,8 @@ def test_three_setups_run_and_are_judged(made_up: Path, tmp_path: Path) -> None:
     assert matches["flops_per_token"]["ratio"] == pytest.approx(1.0, abs=0.05)
     assert matches["tokens"]["ratio"] == pytest.approx(1.0, abs=0.05)
     report = (out / "report.md").read_text(encoding="utf-8")
-    assert report.index("tuned-after-instructions") < report.index("FLOPs per token")
+    assert report.index("## Claims") < report.index("## Summary")
+    assert "`tuned-after-instructions`" in report
     # What all arms begin with ran once.
     labels = [folder.name.split("-", 1)[1] for folder in (out / "stages").iterdir()]
     assert labels.count("pretrain") == 1

@@ -50,6 +50,8 @@ def collect(study: Study, run: RunDir) -> ReportData:
     data = data_report(arms)
     observed = observe(study, arms)
     effects = _effects(study, observed)
+    # Where nothing is judged nothing is left out of a judgement.
+    observed_notes = observed.notes if study.claims or effects else ()
     reports = tuple(_arm_report(study, name, seeds) for name, seeds in arms.items())
     return ReportData(
         study=study.name,
@@ -65,7 +67,7 @@ def collect(study: Study, run: RunDir) -> ReportData:
         effects=effects,
         # Claims say what is compared with what; without them every arm is, with the baseline.
         comparisons=() if study.claims else tuple(_comparisons(study, arms)),
-        warnings=(*unfinished(run), *warnings(arms), *observed.notes),
+        warnings=(*unfinished(run), *warnings(arms), *observed_notes),
         written=written_study(run),
         notes=(*notes(arms, data.mixtures), *_self_tests(study, observed, effects)),
     )
