@@ -74,6 +74,11 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def several(value: Any) -> Any:
+    """Return one value as a tuple of it, and several as they are; for fields that take either."""
+    return value if isinstance(value, list | tuple) else (value,)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read one YAML mapping from a file.
 

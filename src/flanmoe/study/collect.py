@@ -49,7 +49,7 @@ def collect(study: Study, run: RunDir) -> ReportData:
     arms = finished_results(study, run)
     data = data_report(arms)
     observed = observe(study, arms)
-    effects = _effects(study, observed)
+    effects, self_tests = _effects(study, observed)
     # Where nothing is judged nothing is left out of a judgement.
     observed_notes = observed.notes if study.claims or effects else ()
     reports = tuple(_arm_report(study, name, seeds) for name, seeds in arms.items())
@@ -69,7 +69,7 @@ def collect(study: Study, run: RunDir) -> ReportData:
         comparisons=() if study.claims else tuple(_comparisons(study, arms)),
         warnings=(*unfinished(run), *warnings(arms), *observed_notes),
         written=written_study(run),
-        notes=(*notes(arms, data.mixtures), *_self_tests(study, observed, effects)),
+        notes=(*notes(arms, data.mixtures), *self_tests),
     )
 
 
@@ -94,29 +94,21 @@ def _claims(
     )
 
 
-def _effects(study: Study, observed: Observed) -> tuple[FactorialTable, ...]:
-    """Effects of the factors on every metric; none where no two arms differ in one factor alone."""
-    found: list[FactorialTable] = []
+def _effects(study: Study, observed: Observed) -> tuple[tuple[FactorialTable, ...], list[str]]:
+    """Effects of the factors on every metric, and what the self-test of each says.
+
+    There are none where no two arms differ in one factor alone.
+    """
+    tables: list[FactorialTable] = []
+    tests: list[str] = []
     for metric in observed.observations.measured():
         scores = complete(observed.observations, metric)
         arms = {arm: factors for arm, factors in scores.arms.items() if scores.has(metric, arm)}
         if main_effects(arms):
             seeds = SeedTree(study.seeds[0]).child("effects").child(metric)
-            found.append(factorial_effects(scores, metric, seeds=seeds))
-    return tuple(found)
-
-
-def _self_tests(study: Study, observed: Observed, effects: Sequence[FactorialTable]) -> list[str]:
-    draws = SeedTree(study.seeds[0]).child("self-test")
-    return [
-        sentence
-        for table in effects
-        for sentence in self_test(
-            complete(observed.observations, table.effects[0].metric.name),
-            table,
-            seeds=draws.child(table.effects[0].metric.name),
-        )
-    ]
+            tables.append(factorial_effects(scores, metric, seeds=seeds))
+            tests += self_test(scores, tables[-1], seeds=seeds.child("self-test"))
+    return tuple(tables), tests
 
 
 def _arm_report(study: Study, name: str, seeds: Sequence[SeedResults]) -> ArmReport:

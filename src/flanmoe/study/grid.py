@@ -21,18 +21,13 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from flanmoe.core.config import Config, merged
+from flanmoe.core.config import Config, merged, several
 from flanmoe.core.errors import ConfigError
 from flanmoe.core.names import listing, nearest_name_hint
 from flanmoe.study.analysis.factors import StrictLevel, level_text, same_level
 from flanmoe.study.analysis.observations import Level
 
-
-def _several(value: Any) -> Any:
-    return value if isinstance(value, list | tuple) else (value,)
-
-
-Levels = Annotated[tuple[StrictLevel, ...], BeforeValidator(_several)]
+Levels = Annotated[tuple[StrictLevel, ...], BeforeValidator(several)]
 Condition = dict[str, Levels]
 
 

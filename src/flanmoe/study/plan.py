@@ -28,8 +28,8 @@ from flanmoe.study.number_text import duration
 from flanmoe.study.number_text import short as short_text
 from flanmoe.study.number_text import size as size_text
 from flanmoe.study.study import Study
-
-_MOST_ARM_COLUMNS = 6
+from flanmoe.study.tables.base import MOST_ARM_COLUMNS, TextTable, turned
+from flanmoe.study.tables.terminal import terminal_table
 
 
 class StudyPlan(Config):
@@ -177,20 +177,16 @@ def plan_tables(plan: StudyPlan) -> tuple[Table, Table]:
 
 
 def _arm_table(plan: StudyPlan) -> Table:
-    is_turned = len(plan.arms) > _MOST_ARM_COLUMNS
+    is_turned = len(plan.arms) > MOST_ARM_COLUMNS
     # Stages of many arms stand in the table of stages alone.
     rows = _arm_rows(plan)[is_turned:]
     seeds = f"{plan.seeds} seed{'s' if plan.seeds > 1 else ''}"
-    table = Table(title=f"Plan of {plan.study} ({seeds}), each arm alone with one of them")
-    columns = [["", *plan.arms], *([label, *values] for label, values in rows)]
-    # Many arms have a row each.
-    lines = columns if is_turned else zip(*columns, strict=True)
-    header, *body = zip(*lines, strict=True)
-    for place, name in enumerate(header):
-        table.add_column(name, justify="right" if place else "left", overflow="fold")
-    for row in body:
-        table.add_row(*row)
-    return table
+    text = TextTable(
+        header=("", *plan.arms),
+        rows=tuple((label, *values) for label, values in rows),
+        title=f"Plan of {plan.study} ({seeds}), each arm alone with one of them",
+    )
+    return terminal_table(turned(text) if is_turned else text)
 
 
 def _arm_rows(plan: StudyPlan) -> list[tuple[str, list[str]]]:

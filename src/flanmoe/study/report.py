@@ -5,7 +5,7 @@ Pure functions of `ReportData`. The HTML is one file without scripts and without
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -27,6 +27,7 @@ from flanmoe.study.report_data import ReportData
 from flanmoe.study.report_limits import limits
 from flanmoe.study.report_text import EVIDENCE_RULE, difference_sentences, verdict
 from flanmoe.study.tables import Section, TextTable, sections, summary
+from flanmoe.study.tables.terminal import terminal_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +91,7 @@ def html_report(data: ReportData) -> str:
 
 def summary_table(data: ReportData) -> Table:
     """Return the key table for the terminal; see `tables.summary`."""
-    text = summary(data)
-    table = Table(title=data.study, caption=text.note, caption_justify="left", title_justify="left")
-    for number, name in enumerate(text.header):
-        is_name = number == 0
-        justify = "left" if is_name else "right"
-        table.add_column(name, justify=justify, overflow="fold", no_wrap=is_name)
-    for row in text.rows:
-        table.add_row(*row, end_section=row[0] in text.group_ends)
-    return table
+    return terminal_table(replace(summary(data), title=data.study))
 
 
 def claims_terminal_table(data: ReportData) -> Table | None:

@@ -1,7 +1,7 @@
 """What a run cannot show, in sentences that follow from its data."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flanmoe.study.arm_report import ArmReport
 from flanmoe.study.number_text import exact, listed, ratio_text, short
@@ -74,11 +74,7 @@ def _compute_limits(data: ReportData) -> list[str]:
 
 def _flops_limits(data: ReportData) -> list[str]:
     baseline = data.baseline_arm
-    unequal = [
-        arm
-        for arm in data.arms
-        if _differ(arm.flops.total, baseline.flops.total, tolerated=_TOLERATED_FLOPS)
-    ]
+    unequal = _unequal(data, lambda arm: arm.flops.total, tolerated=_TOLERATED_FLOPS)
     if len(unequal) <= _MOST_ARMS_TOLD:
         return [
             f"{arm.label} spends {ratio_text(arm.flops.total, baseline.flops.total)} the FLOPs per token of "
@@ -97,11 +93,7 @@ def _flops_limits(data: ReportData) -> list[str]:
 def _token_limits(data: ReportData) -> list[str]:
     baseline = data.baseline_arm
     theirs = baseline.ledger.real_tokens
-    unequal = [
-        arm
-        for arm in data.arms
-        if _differ(arm.ledger.real_tokens, theirs, tolerated=_TOLERATED_TOKENS)
-    ]
+    unequal = _unequal(data, lambda arm: arm.ledger.real_tokens, tolerated=_TOLERATED_TOKENS)
     if len(unequal) <= _MOST_ARMS_TOLD:
         return [
             f"{arm.label} was tuned on {exact(arm.ledger.real_tokens)} tokens, {baseline.label} on "
@@ -136,7 +128,9 @@ def _names(arms: Sequence[ArmReport]) -> str:
     return listed([arm.label for arm in arms], most=_MOST_NAMES)
 
 
-def _differ(number: float, baseline: float, *, tolerated: float) -> bool:
-    if not baseline:
-        return bool(number)
-    return abs(number / baseline - 1) > tolerated
+def _unequal(
+    data: ReportData, cost: Callable[[ArmReport], float], *, tolerated: float
+) -> list[ArmReport]:
+    """Return the arms whose cost differs from the baseline's by more than is tolerated."""
+    theirs = cost(data.baseline_arm)
+    return [arm for arm in data.arms if abs(cost(arm) - theirs) > tolerated * theirs]

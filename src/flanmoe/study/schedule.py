@@ -222,11 +222,10 @@ class _Schedule:
     def _with_short_ones(self, chain: tuple[str, ...]) -> tuple[str, ...]:
         """Add stages of other arms that take models of the chain and are shorter than starting a process is."""
         board, keys, seconds = self._board, list(chain), 0.0
+        busy = board.claimed | board.elsewhere | set(board.failures)
         for key, node in self._graph.nodes.items():
             is_short = 0 < node.seconds < _PROCESS_SECONDS
-            if not is_short or node.parent not in keys or key in keys:
-                continue
-            if key in board.claimed | board.elsewhere | set(board.failures):
+            if not is_short or node.parent not in keys or key in keys or key in busy:
                 continue
             if not (board.is_wanted(key) and board.must_run(key)):
                 continue

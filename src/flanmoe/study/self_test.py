@@ -24,13 +24,13 @@ def self_test(
     Returns:
         One sentence; none where no two factors are crossed, or with one seed.
     """
-    pairs = [effect.factors for effect in table.effects if len(effect.factors) == 2]
+    pairs = [effect.factors for effect in table.interactions]
     sizes = [effect.detectable for effect in table.effects if effect.detectable is not None]
     if not pairs or not sizes:
         return ()
     (factor, other), size = pairs[0], 2 * max(sizes)
     planted = PlantedEffects(factor=factor, main=size, other=other, interaction=size)
-    metric = table.effects[0].metric
+    metric = table.metric
     found = recover(observations, metric.name, planted, seeds=seeds)
     right = sum(one.recovered for one in found)
     there = [one for one in found if one.planted]

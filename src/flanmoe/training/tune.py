@@ -179,7 +179,7 @@ def tune(
     checkpoint = _checkpoint_to_resume(run) if resume else None
     blocks = moe_blocks(model)
     is_shown = arguments.process_index == 0
-    _say_how_experts_compute(model, blocks, arguments)
+    _say_how_experts_compute(blocks, arguments)
     ledger = LedgerKeeper(flops_per_token=flops_per_token, device=arguments.device)
     own = _own_records(run, arguments.process_index)
     records = _records(ledger, own, blocks, stream, config.routing, is_shown=is_shown)
@@ -202,11 +202,9 @@ def tune(
     return _with_routing(result, config, own, blocks, records) if blocks else result
 
 
-def _say_how_experts_compute(
-    model: PreTrainedModel, blocks: Sequence[MoEBlock], arguments: TrainingArguments
-) -> None:
+def _say_how_experts_compute(blocks: Sequence[MoEBlock], arguments: TrainingArguments) -> None:
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-    path = expert_path(model, blocks, dtype=dtype, device=arguments.device)
+    path = expert_path(blocks, dtype=dtype, device=arguments.device)
     if path is not None and arguments.process_index == 0:
         say(f"    experts: {path}")
 

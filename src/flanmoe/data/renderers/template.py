@@ -88,6 +88,7 @@ class TemplateRenderer:
     def __init__(self, config: TemplateConfig, task: str, pool: Sequence[Example]) -> None:
         self.config = config
         self._task = task
+        self._task_in_words = _in_words(task)
         self._pool = pool
         self._templates = load_family(config.family, folder=config.folder)
         shares: dict[Form, float] = {
@@ -162,7 +163,7 @@ class TemplateRenderer:
 
     def _values(self, example: Example) -> dict[str, Any]:
         given = {
-            "task": _in_words(self._task),
+            "task": self._task_in_words,
             "inputs": example.inputs,
             "target": example.target,
             "choices": list(example.choices),

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from flanmoe.core.config import Config
+from flanmoe.core.config import Config, several
 from flanmoe.core.errors import ConfigError
 from flanmoe.core.names import listing, nearest_name_hint
 from flanmoe.study.analysis.budget import TOLERANCE, Budget, Side
@@ -34,17 +34,13 @@ MINUS = "\N{MINUS SIGN}"
 _FORMS = "`better` and `than`, `gain` and `than_gain`, `effect`, or `weights`"
 
 
-def _several(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
-
-
 def _tolerances(value: Any) -> Any:
     """Give budgets that are only named the usual tolerance."""
     names = (value,) if isinstance(value, str) else value
     return dict.fromkeys(names, TOLERANCE) if isinstance(names, list | tuple) else value
 
 
-ArmNames = Annotated[tuple[str, ...], BeforeValidator(_several)]
+ArmNames = Annotated[tuple[str, ...], BeforeValidator(several)]
 
 
 class Gain(Config):

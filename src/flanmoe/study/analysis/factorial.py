@@ -82,6 +82,21 @@ class FactorialTable(Config):
     failed: tuple[str, ...]
     left_out: tuple[str, ...]
 
+    @property
+    def metric(self) -> Metric:
+        """What all effects are effects on."""
+        return self.effects[0].metric
+
+    @property
+    def mains(self) -> tuple[EffectResult, ...]:
+        """The effects of one factor each."""
+        return tuple(effect for effect in self.effects if len(effect.factors) == 1)
+
+    @property
+    def interactions(self) -> tuple[EffectResult, ...]:
+        """The interactions of two factors."""
+        return tuple(effect for effect in self.effects if len(effect.factors) > 1)
+
 
 @dataclass(frozen=True, slots=True)
 class _Contrast:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -99,14 +100,14 @@ def _refusal(leg: Leg, nodes: Sequence[Mapping[str, Any]]) -> UserError | None:
 
 def _run(leg: Leg) -> dict[str, Any] | None:
     """Run a leg on a node; an error is answered, since Ray would wrap it."""
-    executor = LocalExecutor()
-    future = executor.start(leg)
-    while not future.done():
-        try:
-            # Ray's Ctrl-C does not end a wait for a process, so there are many short ones.
-            wait([future], timeout=_SECONDS_BETWEEN_LOOKS)
-        except KeyboardInterrupt:
-            executor.interrupt()
+    with closing(LocalExecutor()) as executor:
+        future = executor.start(leg)
+        while not future.done():
+            try:
+                # Ray's Ctrl-C does not end a wait for a process, so there are many short ones.
+                wait([future], timeout=_SECONDS_BETWEEN_LOOKS)
+            except KeyboardInterrupt:
+                executor.interrupt()
     error = future.exception()
     if error is not None and not isinstance(error, FlanmoeError):
         raise error

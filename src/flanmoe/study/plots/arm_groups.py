@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 
-from flanmoe.study.analysis.budget import BudgetMatch
 from flanmoe.study.arm_report import ArmReport
 from flanmoe.study.plots.figure import ARM_COLOURS
 from flanmoe.study.report_data import ReportData
@@ -34,15 +33,13 @@ def arm_groups(arms: Sequence[ArmReport]) -> list[list[ArmReport]]:
 
 def first_arms(data: ReportData, arms: Sequence[ArmReport], most: int) -> list[ArmReport]:
     """Return at most so many of these arms, in their order: the baseline and those that claims name first."""
-    named = {name for claim in data.claims for match in claim.budgets for name in _names(match)}
+    named = {
+        name for claim in data.claims for match in claim.budgets for name in (match.arm, match.twin)
+    }
     baseline = data.baseline_arm.label
     ranked = sorted(arms, key=lambda arm: (arm.label != baseline, arm.label not in named))
     kept = {arm.label for arm in ranked[:most]}
     return [arm for arm in arms if arm.label in kept]
-
-
-def _names(match: BudgetMatch) -> tuple[str, str]:
-    return match.arm, match.twin
 
 
 def _first_word(arm: ArmReport) -> str:

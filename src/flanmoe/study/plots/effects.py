@@ -17,7 +17,7 @@ _NAME_WIDTH = 27
 
 def effects(tables: Sequence[FactorialTable]) -> Drawing | None:
     """Main effects, a panel a metric; None where there is none. Of many those of the smallest p-values."""
-    found = [mains for table in tables if (mains := main_effects(table))]
+    found = [table.mains for table in tables if table.mains]
     if not found:
         return None
     panels = [_shown(mains, min(len(found), _MOST_PANELS)) for mains in found[:_MOST_PANELS]]
@@ -42,11 +42,6 @@ def effects(tables: Sequence[FactorialTable]) -> Drawing | None:
             "filled dot marks an effect that is significant after Holm's correction over all effects of its "
             f"metric.{more if left_out else ''}",
         )
-
-
-def main_effects(table: FactorialTable) -> list[EffectResult]:
-    """Return the effects of one factor each."""
-    return [effect for effect in table.effects if len(effect.factors) == 1]
 
 
 def _shown(mains: Sequence[EffectResult], num_panels: int) -> list[EffectResult]:

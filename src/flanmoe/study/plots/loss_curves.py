@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from flanmoe.study.arm_report import ArmReport, CurvePoint
 from flanmoe.study.number_text import short
@@ -18,7 +17,6 @@ _MOST_ARMS = 6 * MOST_TOGETHER
 _MOST_ARMS_IN_AXES = 4
 _LEGEND_COLUMNS = 3
 _LONGEST_IN_THREE, _LONGEST_IN_TWO = 21, 34
-_SUFFIXES = ((1e18, " E"), (1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k"))
 
 
 def loss_curves(data: ReportData) -> Drawing | None:
@@ -128,7 +126,7 @@ def tokens_axis(axes: Axes) -> None:
 
 def _cost_axis(axes: Axes, label: str) -> None:
     axes.set(xlabel=label)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+    axes.xaxis.set_major_formatter(EngFormatter())
 
 
 def _name_axes(axes: Axes, cost: Cost, *, narrow: bool = False) -> None:
@@ -152,18 +150,16 @@ def _draw_group(axes: Axes, data: ReportData, group: Sequence[ArmReport], cost: 
         _draw_arm(axes, arm, cost, number, width=1.4)
 
 
-def _draw_arm(
-    axes: Axes, arm: ArmReport, cost: Cost, number: int, *, width: float = 1.8
-) -> Line2D | None:
+def _draw_arm(axes: Axes, arm: ArmReport, cost: Cost, number: int, *, width: float = 1.8) -> None:
     line = series(arm, cost)
     if line is None:
-        return None
+        return
     colour = arm_colour(number)
     if line.steps is not None:
         axes.plot(*line.steps, color=colour, linewidth=0.7, alpha=0.35)
     if line.low is not None and line.high is not None:
         axes.fill_between(line.spent, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
-    (drawn,) = axes.plot(
+    axes.plot(
         line.spent,
         line.loss,
         color=colour,
@@ -173,18 +169,10 @@ def _draw_arm(
         markersize=3.5,
         label=arm.label,
     )
-    return drawn
 
 
 def _marker(line: Series, number: int) -> str | None:
     return None if line.smoothed else MARKERS[number % len(MARKERS)]
-
-
-def _tick(value: float) -> str:
-    for scale, suffix in _SUFFIXES:
-        if abs(value) >= scale:
-            return f"{value / scale:g}{suffix}"
-    return f"{value:g}"
 
 
 def _finite_points(arm: ArmReport) -> list[CurvePoint]:

@@ -5,6 +5,12 @@ from collections.abc import Sequence
 from flanmoe.study.analysis.budget import BUDGETS, BudgetMatch
 from flanmoe.study.analysis.claim_result import ClaimResult
 from flanmoe.study.number_text import exact, p_text, percent
+from flanmoe.study.report_claims import (
+    detectable_text,
+    estimate_text,
+    interval_text,
+    margin_text,
+)
 from flanmoe.study.report_data import ReportData
 from flanmoe.study.tables.base import Section, TextTable
 
@@ -62,18 +68,17 @@ def budgets_table(results: Sequence[ClaimResult]) -> TextTable:
 
 def _row(result: ClaimResult) -> tuple[str, ...]:
     start = (result.name, result.statement, result.verdict)
-    margin = result.metric.text(result.margin, sign=False)
+    margin = margin_text(result)
     found = result.measurement
     if found is None:
         return (*start, *[""] * 5, margin, result.metric.unit, *[""] * 4)
-    text = result.metric.text
     return (
         *start,
-        text(found.estimate),
-        f"{text(found.low)} to {text(found.high)}",
+        estimate_text(result),
+        interval_text(result),
         p_text(found.tests.p) if found.tests else "",
         p_text(found.tests.p_holm) if found.tests else "",
-        "" if found.detectable is None else text(found.detectable, sign=False),
+        detectable_text(result),
         margin,
         result.metric.unit,
         exact(len(found.seeds)),

@@ -25,7 +25,7 @@ def effects_section(data: ReportData) -> Section:
 
 
 def _mains(table: FactorialTable) -> TextTable:
-    mains = [effect for effect in table.effects if len(effect.factors) == 1]
+    mains = table.mains
     reasons = list(
         dict.fromkeys(
             reason for effect in mains if effect.relative for reason in effect.relative.reasons
@@ -45,7 +45,7 @@ def _mains(table: FactorialTable) -> TextTable:
 
 
 def _interactions(table: FactorialTable) -> TextTable:
-    every = [effect for effect in table.effects if len(effect.factors) > 1]
+    every = table.interactions
     by_p = sorted(every, key=lambda effect: 1.0 if effect.p is None else effect.p)
     kept = {effect.name for effect in by_p[:_MOST_INTERACTIONS]}
     shown = [effect for effect in every if effect.name in kept]
@@ -62,7 +62,7 @@ def _interactions(table: FactorialTable) -> TextTable:
 
 
 def _what(table: FactorialTable) -> str:
-    metric = table.effects[0].metric
+    metric = table.metric
     return f"{metric.name.replace('_', ' ')} ({metric.unit})"
 
 
