@@ -85,7 +85,7 @@ def test_the_table_is_printed_where_something_is_frozen(
     captured = capfd.readouterr()
     assert captured.out == ""
     assert captured.err.index("What trains") < captured.err.index("Tuning: 2/2 steps")
-    (line,) = (line for line in captured.err.splitlines() if "experts" in line)
+    (line,) = (line for line in captured.err.splitlines() if line.startswith("│ experts"))
     assert [cell.strip() for cell in line.strip("│ ").split("│")] == [
         "experts",
         "98,304",

@@ -4,12 +4,13 @@ On a terminal, long steps show a bar with rate and time left. Elsewhere (a log f
 line now and then. A process whose parent draws the screen tells it instead (`tell_progress_to`).
 """
 
+import os
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,9 +19,19 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
-console = Console(stderr=True)
+# Columns of what is no terminal, unless COLUMNS says otherwise: a log file has room.
+_LOG_COLUMNS = 120
+
+
+def _console() -> Console:
+    made = Console(stderr=True)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = _LOG_COLUMNS
+    return made
+
+
+console = _console()
 
 Advance = Callable[..., None]
 _SECONDS_BETWEEN_TOLD = 0.2
@@ -66,7 +77,7 @@ def warn(message: str) -> None:
     )
 
 
-def show_table(table: Table) -> None:
+def show_table(table: RenderableType) -> None:
     """Print a table for people."""
     console.print(table)
 

@@ -3,14 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from rich.box import SIMPLE
-from rich.table import Table
-
 from flanmoe.core.config import Config
 from flanmoe.study.arm_plan import StageCost
 from flanmoe.study.nodes import Node, StageGraph
 from flanmoe.study.number_text import duration
 from flanmoe.study.number_text import size as size_text
+from flanmoe.study.tables.base import TextTable
+from flanmoe.study.tables.terminal import TerminalTable
 
 # Beyond these a cell of the table counts the arms.
 _MOST_ARMS_NAMED = 3
@@ -126,42 +125,40 @@ def _most_disk(graph: StageGraph, costs: Mapping[str, StageCost], kept: set[str]
     return most
 
 
-def graph_table(plans: Sequence[StagePlan], total: GraphTotal, num_arms: int) -> Table:
-    """Return a table of the stages as they run, with what they take together."""
-    table = Table(
-        title="Stages, each run once: a stage stands below the one whose model it takes",
-        show_footer=True,
-        box=SIMPLE,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
+def graph_table(plans: Sequence[StagePlan], total: GraphTotal, num_arms: int) -> TerminalTable:
+    """Return a table of the stages as they run, below what they take together."""
+    together = (
+        "together",
+        "",
+        str(total.runs),
+        "",
+        f"{total.flops:.1e}",
+        size_text(total.memory_bytes),
+        size_text(total.disk_bytes),
+        duration(total.seconds),
     )
-    footers = {
-        "stage": "together",
-        "arms": "",
-        "runs": str(total.runs),
-        "parameters": "",
-        "FLOPs": f"{total.flops:.1e}",
-        "memory": size_text(total.memory_bytes),
-        "disk": size_text(total.disk_bytes),
-        "time": duration(total.seconds),
-    }
-    for name, footer in footers.items():
-        is_text = name in ("stage", "arms")
-        justify = "left" if is_text else "right"
-        table.add_column(name, footer=footer, justify=justify, no_wrap=not is_text)
-    for plan in plans:
-        cost = plan.cost
-        table.add_row(
-            f"{'  ' * plan.depth}{cost.label}",
-            _arms_text(plan.arms, num_arms),
-            str(plan.runs),
-            f"{cost.parameters.total / 1e6:,.1f} M",
-            f"{cost.flops:.1e}" if cost.flops else "-",
-            size_text(cost.memory_bytes),
-            size_text(cost.model_bytes + cost.checkpoint_bytes),
-            duration(cost.seconds),
+    return TerminalTable(
+        TextTable(
+            header=("stage", "arms", "runs", "parameters", "FLOPs", "memory", "disk", "time"),
+            rows=(together, *(_row(plan, num_arms) for plan in plans)),
+            title="Stages, each run once: a stage stands below the one whose model it takes",
+            group_ends=("together",),
         )
-    return table
+    )
+
+
+def _row(plan: StagePlan, num_arms: int) -> tuple[str, ...]:
+    cost = plan.cost
+    return (
+        f"{'  ' * plan.depth}{cost.label}",
+        _arms_text(plan.arms, num_arms),
+        str(plan.runs),
+        f"{cost.parameters.total / 1e6:,.1f} M",
+        f"{cost.flops:.1e}" if cost.flops else "-",
+        size_text(cost.memory_bytes),
+        size_text(cost.model_bytes + cost.checkpoint_bytes),
+        duration(cost.seconds),
+    )
 
 
 def _arms_text(arms: Sequence[str], num_arms: int) -> str:

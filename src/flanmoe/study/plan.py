@@ -6,8 +6,6 @@ Models are built on the meta device, so a plan needs the configuration of a mode
 
 from pathlib import Path
 
-from rich.table import Table
-
 from flanmoe.core.config import Config
 from flanmoe.stages.recipe import PretrainStage, TuneStage
 from flanmoe.study.arm_plan import ArmPlan, plan_arm
@@ -29,7 +27,7 @@ from flanmoe.study.number_text import short as short_text
 from flanmoe.study.number_text import size as size_text
 from flanmoe.study.study import Study
 from flanmoe.study.tables.base import MOST_ARM_COLUMNS, TextTable, turned
-from flanmoe.study.tables.terminal import terminal_table
+from flanmoe.study.tables.terminal import TerminalTable
 
 
 class StudyPlan(Config):
@@ -171,12 +169,12 @@ def _against(arm: ArmPlan, plan: StudyPlan) -> str:
     return f"{100 * (arm.flops_per_token.total / base - 1):+.1f} %"
 
 
-def plan_tables(plan: StudyPlan) -> tuple[Table, Table]:
-    """Return the tables of a plan: one column an arm, and one row a stage as it runs."""
+def plan_tables(plan: StudyPlan) -> tuple[TerminalTable, TerminalTable]:
+    """Return the tables of a plan: a column an arm, of many arms a row; and a row a stage as it runs."""
     return _arm_table(plan), graph_table(plan.stages, plan.total, len(plan.arms))
 
 
-def _arm_table(plan: StudyPlan) -> Table:
+def _arm_table(plan: StudyPlan) -> TerminalTable:
     is_turned = len(plan.arms) > MOST_ARM_COLUMNS
     # Stages of many arms stand in the table of stages alone.
     rows = _arm_rows(plan)[is_turned:]
@@ -186,7 +184,7 @@ def _arm_table(plan: StudyPlan) -> Table:
         rows=tuple((label, *values) for label, values in rows),
         title=f"Plan of {plan.study} ({seeds}), each arm alone with one of them",
     )
-    return terminal_table(turned(text) if is_turned else text)
+    return TerminalTable(turned(text) if is_turned else text)
 
 
 def _arm_rows(plan: StudyPlan) -> list[tuple[str, list[str]]]:
@@ -197,7 +195,7 @@ def _arm_rows(plan: StudyPlan) -> list[tuple[str, list[str]]]:
         ("active for a token", [f"{arm.parameters.active / 1e6:,.1f} M" for arm in arms]),
         ("trainable", [f"{arm.parameters.trainable / 1e6:,.1f} M" for arm in arms]),
         ("FLOPs a token, forward", [short_text(arm.flops_per_token.total) for arm in arms]),
-        (f"against {plan.baseline}", [_against(arm, plan) for arm in arms]),
+        ("against the baseline", [_against(arm, plan) for arm in arms]),
         ("tokens to train on", [f"{arm.tokens:,}" for arm in arms]),
         ("FLOPs to train", [f"{arm.training_flops:.2e}" for arm in arms]),
         ("peak memory", [size_text(arm.memory.total) if arm.memory else "-" for arm in arms]),

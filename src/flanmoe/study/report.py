@@ -27,7 +27,7 @@ from flanmoe.study.report_data import ReportData
 from flanmoe.study.report_limits import limits
 from flanmoe.study.report_text import EVIDENCE_RULE, difference_sentences, verdict
 from flanmoe.study.tables import Section, TextTable, sections, summary
-from flanmoe.study.tables.terminal import terminal_table
+from flanmoe.study.tables.terminal import TerminalTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +89,9 @@ def html_report(data: ReportData) -> str:
     return _render("report.html.j2", _page(data))
 
 
-def summary_table(data: ReportData) -> Table:
+def summary_table(data: ReportData) -> TerminalTable:
     """Return the key table for the terminal; see `tables.summary`."""
-    return terminal_table(replace(summary(data), title=data.study))
+    return TerminalTable(replace(summary(data), title=data.study))
 
 
 def claims_terminal_table(data: ReportData) -> Table | None:
