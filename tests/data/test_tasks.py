@@ -17,6 +17,7 @@ from flanmoe.data.tasks import (
     expand,
     load_task,
     load_tasks,
+    without_format,
 )
 
 Write = Callable[..., Path]
@@ -174,6 +175,11 @@ def test_the_name_in_reports_says_what_is_not_the_default(
     config: TaskConfig, identity: str
 ) -> None:
     assert config.identity == identity
+
+
+@pytest.mark.parametrize("identity", ["a[b]:c@d", "a[b]:c"])
+def test_a_task_without_its_format(identity: str) -> None:
+    assert without_format(identity) == "a[b]:c"
 
 
 def test_the_scorer_follows_from_the_examples(tmp_path: Path, write_rows: Write) -> None:

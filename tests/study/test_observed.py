@@ -8,7 +8,7 @@ import pytest
 from flanmoe.core.ledger import Ledger
 from flanmoe.evaluation.results import ExampleRecord
 from flanmoe.study.arm_report import Flops, Parameters
-from flanmoe.study.observed import Results, arm_costs, complete, observe, task_of
+from flanmoe.study.observed import Results, arm_costs, complete, observe
 from flanmoe.study.study import Study
 
 EVALUATE = {"stage": "evaluate", "tasks": ["exemplars/bbh/navigate"]}
@@ -107,7 +107,6 @@ def test_a_task_is_the_same_in_every_prompt_format_unless_an_arm_asks_it_in_two(
     assert found.scores("loss", "x", 0, "t:test") == {"a": 1.0}
     assert found.scores("loss", "y", 0, "t:test@name") == {"a": 2.0}
     assert found.scores("loss", "y", 0, "t:test") == {"a": 3.0}
-    assert task_of("a[b]:c@d") == "a[b]:c"
 
 
 def test_scores_of_parts_are_those_of_one_arm() -> None:

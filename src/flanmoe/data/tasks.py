@@ -137,6 +137,11 @@ class TaskConfig(Config):
         return f"{self.name}{subset}{split}{renderer}"
 
 
+def without_format(identity: str) -> str:
+    """Return the identity of a task without how it is put: `snips:test@intent` is `snips:test`."""
+    return identity.partition("@")[0]
+
+
 _AnyTask = TypeVar("_AnyTask", bound=TaskConfig)
 
 

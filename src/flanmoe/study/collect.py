@@ -14,8 +14,6 @@ from flanmoe.evaluation.results import SuiteResult
 from flanmoe.stages.tune import TuneStageResult
 from flanmoe.study.analysis.analyse import analyse
 from flanmoe.study.analysis.claim_result import ClaimResult
-from flanmoe.study.analysis.factorial import FactorialTable, factorial_effects
-from flanmoe.study.analysis.factors import main_effects
 from flanmoe.study.arm_report import (
     ArmReport,
     ClusterScore,
@@ -28,14 +26,14 @@ from flanmoe.study.arm_report import (
     Score,
     TaskScore,
 )
+from flanmoe.study.factor_effects import factor_effects
 from flanmoe.study.number_text import Metric
-from flanmoe.study.observed import Observed, arm_costs, complete, observe
+from flanmoe.study.observed import Observed, arm_costs, observe
 from flanmoe.study.records import SeedResults, finished_results, unfinished
 from flanmoe.study.report_data import Comparison, ReportData
 from flanmoe.study.report_mixtures import data_report
 from flanmoe.study.report_notes import machines, notes, step0_difference, warnings
 from flanmoe.study.report_routing import alerts, expert_load, routing_curve
-from flanmoe.study.self_test import self_test
 from flanmoe.study.study import Arm, Study
 from flanmoe.study.written import written_study
 
@@ -49,7 +47,9 @@ def collect(study: Study, run: RunDir) -> ReportData:
     arms = finished_results(study, run)
     data = data_report(arms)
     observed = observe(study, arms)
-    effects, self_tests = _effects(study, observed)
+    effects, about_effects = factor_effects(
+        observed.observations, seeds=SeedTree(study.seeds[0]).child("effects")
+    )
     # Where nothing is judged nothing is left out of a judgement.
     observed_notes = observed.notes if study.claims or effects else ()
     reports = tuple(_arm_report(study, name, seeds) for name, seeds in arms.items())
@@ -69,7 +69,7 @@ def collect(study: Study, run: RunDir) -> ReportData:
         comparisons=() if study.claims else tuple(_comparisons(study, arms)),
         warnings=(*unfinished(run), *warnings(arms), *observed_notes),
         written=written_study(run),
-        notes=(*notes(arms, data.mixtures), *self_tests),
+        notes=(*notes(arms, data.mixtures), *about_effects),
     )
 
 
@@ -92,23 +92,6 @@ def _claims(
         else result
         for result in results
     )
-
-
-def _effects(study: Study, observed: Observed) -> tuple[tuple[FactorialTable, ...], list[str]]:
-    """Effects of the factors on every metric, and what the self-test of each says.
-
-    There are none where no two arms differ in one factor alone.
-    """
-    tables: list[FactorialTable] = []
-    tests: list[str] = []
-    for metric in observed.observations.measured():
-        scores = complete(observed.observations, metric)
-        arms = {arm: factors for arm, factors in scores.arms.items() if scores.has(metric, arm)}
-        if main_effects(arms):
-            seeds = SeedTree(study.seeds[0]).child("effects").child(metric)
-            tables.append(factorial_effects(scores, metric, seeds=seeds))
-            tests += self_test(scores, tables[-1], seeds=seeds.child("self-test"))
-    return tuple(tables), tests
 
 
 def _arm_report(study: Study, name: str, seeds: Sequence[SeedResults]) -> ArmReport:

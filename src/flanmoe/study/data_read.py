@@ -11,11 +11,10 @@ from flanmoe.core.seeds import SeedTree
 from flanmoe.data.documents import load_documents
 from flanmoe.data.mixture import Mixture
 from flanmoe.data.renderers.base import Occasion
-from flanmoe.data.tasks import CHOICE_SCORER, Task
+from flanmoe.data.tasks import CHOICE_SCORER, Task, without_format
 from flanmoe.evaluation.suites import Loaded, load_evaluation, warn_of_skipped
 from flanmoe.stages.recipe import EvaluateStage, PretrainStage, Stage, TuneStage
 from flanmoe.study.analysis.metric import ACCURACY, LOSS, NORMALISED_ACCURACY
-from flanmoe.study.observed import task_of
 from flanmoe.study.study import Study
 
 
@@ -71,7 +70,7 @@ def _read_stage(stage: Stage, identity: str, read: DataRead, data_dir: Path | No
         read.metrics[identity] = _metrics(loaded)
         for task in loaded.tasks:
             _render_one(task)
-        read.tasks |= {task_of(task.name) for task in loaded.tasks}
+        read.tasks |= {without_format(task.name) for task in loaded.tasks}
         if loaded.prompted or loaded.harness:
             read.knows_every_task = False
 

@@ -12,6 +12,7 @@ from statistics import NormalDist, fmean, stdev
 
 from flanmoe.core.ledger import Ledger
 from flanmoe.core.names import listing
+from flanmoe.data.tasks import without_format
 from flanmoe.evaluation.results import ExampleRecord, SuiteResult
 from flanmoe.study.analysis.budget import ArmCosts
 from flanmoe.study.analysis.metric import ACCURACY, LOSS, NORMALISED_ACCURACY
@@ -45,11 +46,6 @@ class Observed:
             f"Accuracy on {listing(self.at_chance)} does not count in claims and effects: no arm is above "
             "chance there, so a difference would be one of guesses.",
         )
-
-
-def task_of(name: str) -> str:
-    """Return a task without what its questions look like: `snips:test@intent` is `snips:test`."""
-    return name.partition("@")[0]
 
 
 def observe(study: Study, results: Results) -> Observed:
@@ -96,11 +92,11 @@ def _ledger(seed: SeedResults) -> Ledger:
 def _counted(result: SuiteResult) -> Iterator[ExampleRecord]:
     """Yield what was not trained on, with the names that tasks have in every prompt format."""
     names = {record.task for record in result.examples}
-    twice = {name for name, count in Counter(map(task_of, names)).items() if count > 1}
+    twice = {name for name, count in Counter(map(without_format, names)).items() if count > 1}
     for record in result.examples:
         if record.seen:
             continue
-        bare = task_of(record.task)
+        bare = without_format(record.task)
         # One evaluation may ask the same questions in two formats; then each is a task.
         yield record if bare in twice else record.model_copy(update={"task": bare})
 

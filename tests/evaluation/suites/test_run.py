@@ -84,6 +84,14 @@ def test_another_seed_draws_other_examples(quiz: MakeTask) -> None:
     assert first != second
 
 
+def test_every_format_of_a_task_is_asked_the_same_questions(quiz: MakeTask) -> None:
+    def drawn(name: str) -> list[str]:
+        return [example.key for example in limited([quiz(name, 50)], 10, seeds=SEEDS)[0]]
+
+    assert drawn("task:test") == drawn("task:test@intent") == drawn("task:test@answer_cue")
+    assert drawn("task:test@intent") != drawn("other:test@intent")
+
+
 def test_a_limit_that_leaves_tasks_empty_is_refused(quiz: MakeTask) -> None:
     with pytest.raises(ConfigError) as error:
         limited([quiz("a", 3), quiz("b", 3)], 1, seeds=SEEDS)

@@ -51,7 +51,8 @@ class SuiteConfig(Config):
         suite: in place of `tasks`, a suite by name: `flan`, `held-out`, `smoke`.
         limit: most examples in all, the same share of every task; a task that has fewer leaves the
             rest to the others. In a suite of groups, most examples of each group. Which ones is drawn from
-            the seed, and a larger limit keeps those of a smaller one. Without it every example is used.
+            the seed, the same in every prompt format, and a larger limit keeps those of a smaller one.
+            Without it every example is used.
         batch_size: most texts in one forward pass; None for as many as fit into memory.
         precision: `float32` computes in the type of the weights, `bfloat16` under autocast; `auto` stands for
             the one that this machine has instructions for.

@@ -8,6 +8,7 @@ import numpy as np
 from flanmoe.core.errors import ConfigError
 from flanmoe.core.seeds import SeedTree
 from flanmoe.data.example import Example
+from flanmoe.data.tasks import without_format
 
 
 class Drawable(Protocol):
@@ -62,9 +63,12 @@ def shares(sizes: Sequence[int], limit: int) -> list[int]:
 
 
 def drawn_rows(name: str, size: int, count: int, *, seeds: SeedTree) -> list[int]:
-    """Draw rows of a task, ascending; a larger count keeps the rows of a smaller one."""
+    """Draw rows of a task, ascending; a larger count keeps the rows of a smaller one.
+
+    However the task is put, the rows are the same, so that models and prompts can be compared on them.
+    """
     # The head of one fixed order.
-    order = seeds.child("limit").child(name).numpy().permutation(size)
+    order = seeds.child("limit").child(without_format(name)).numpy().permutation(size)
     return np.sort(order[:count]).tolist()
 
 

@@ -59,7 +59,7 @@ def _in_groups(
     data: ReportData, arms: Sequence[ArmReport], costs: Sequence[Cost], caption: str
 ) -> Drawing:
     groups = arm_groups(arms)
-    legends = [_legend_columns(group) for group in groups]
+    legends = [legend_columns(group) for group in groups]
     heights = [
         1.7 + 0.17 * -(-(len(group) + 1) // columns)
         for group, columns in zip(groups, legends, strict=True)
@@ -85,8 +85,8 @@ def _in_groups(
         return _finish(finish, arms, costs, caption)
 
 
-def _legend_columns(group: Sequence[ArmReport]) -> int:
-    """Long names need wide columns."""
+def legend_columns(group: Sequence[ArmReport]) -> int:
+    """Return how many names stand side by side in a legend: long ones need wide columns."""
     longest = max(len(arm.label) for arm in group)
     return (
         _LEGEND_COLUMNS if longest <= _LONGEST_IN_THREE else 2 if longest <= _LONGEST_IN_TWO else 1

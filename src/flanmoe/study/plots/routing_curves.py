@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from flanmoe.study.arm_report import ArmReport
 from flanmoe.study.number_text import percent
 from flanmoe.study.plots.figure import MUTED, Drawing, arm_colour, new_figure
-from flanmoe.study.plots.loss_curves import LINE_STYLES, tokens_axis
+from flanmoe.study.plots.loss_curves import LINE_STYLES, legend_columns, tokens_axis
 from flanmoe.study.report_data import ReportData
 
 _MOST_ARMS = 6
@@ -20,14 +20,16 @@ def routing_curves(data: ReportData) -> Drawing | None:
     worst = sorted(there, key=lambda number: there[number].routing_curve[-1].worst)[:_MOST_ARMS]
     shown = {number: there[number] for number in sorted(worst)}
     title = "Evenness of the expert load over tokens"
-    with new_figure("routing-curves", height=3.3) as (figure, finish):
+    columns = legend_columns(list(shown.values()))
+    height = 3.0 + 0.22 * -(-len(shown) // columns)
+    with new_figure("routing-curves", height=height) as (figure, finish):
         axes = figure.subplots()
         for number, arm in shown.items():
             _draw_arm(axes, arm, number)
         axes.axhline(100, color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)))
         axes.set(ylabel="entropy of the load (% of even)")
         tokens_axis(axes)
-        axes.legend(loc="lower right", fontsize=9)
+        figure.legend(loc="outside lower center", ncols=columns, fontsize=9)
         alt = "; ".join(_in_words(arm) for arm in shown.values())
         left_out = len(there) - len(shown)
         more = f" {left_out} more even arms are left out." if left_out else ""
