@@ -167,7 +167,16 @@ def test_an_interval_of_width_zero_still_has_an_axis(two_arms: ReportData) -> No
 
 def test_more_arms_than_styles(two_arms: ReportData) -> None:
     arms = tuple(
-        two_arms.arms[1].model_copy(update={"label": f"arm{number}"}) for number in range(8)
+        two_arms.arms[1].model_copy(
+            update={
+                "label": f"arm{number}",
+                "curves": tuple(
+                    curve.model_copy(update={"points": curve.points[number:]})
+                    for curve in two_arms.arms[1].curves
+                ),
+            }
+        )
+        for number in range(8)
     )
     drawn = _named(plots.drawings(two_arms.model_copy(update={"arms": arms, "baseline": ""})))
     assert {f"arm{number}" for number in range(8)} <= set(_texts(drawn["loss-curves"].svg))
@@ -200,8 +209,50 @@ def test_many_arms_share_panels_by_their_first_word(
 
 
 def test_of_too_many_arms_those_of_claims_come_first(many_arms: ReportData) -> None:
-    kept = first_arms(many_arms, many_arms.arms[::-1], 2)
+    kept, left_out = first_arms(many_arms, many_arms.arms[::-1], 2, what=lambda arm: arm.label)
     assert [arm.label for arm in kept] == ["switch-flan-direct", "dense-flan-direct"]
+    assert left_out == len(many_arms.arms) - 2
+
+
+def test_arms_that_share_their_tuning_are_one_line(one_dense_arm: ReportData) -> None:
+    (arm,) = one_dense_arm.arms
+    other = arm.model_copy(update={"label": "asked", "curves": arm.curves[:0]})
+    twin = arm.model_copy(update={"label": "twin"})
+    data = one_dense_arm.model_copy(update={"arms": (arm, twin, other)})
+    kept, left_out = first_arms(data, data.arms, 5, what=lambda one: one.curves)
+    assert [one.label for one in kept] == [f"{arm.label} + 1", "asked"]
+    assert left_out == 0
+    alone, without = first_arms(data, data.arms, 1, what=lambda one: one.curves)
+    assert ([one.label for one in alone], without) == ([f"{arm.label} + 1"], 1)
+    drawing = plots.loss_curves(data)
+    assert drawing is not None
+    assert f"{arm.label} + 1: from" in drawing.alt
+    assert "twin" not in drawing.alt
+    assert len(re.findall(r'<path d="[^"]*" clip-path[^>]*var\(--arm', drawing.svg)) == len(
+        re.findall(
+            r'<path d="[^"]*" clip-path[^>]*var\(--arm',
+            plots.loss_curves(one_dense_arm).svg,  # pyright: ignore
+        )
+    )
+
+
+def test_one_map_stands_for_arms_of_the_same_load(one_dense_arm: ReportData) -> None:
+    (arm,) = one_dense_arm.arms
+    even, uneven = (
+        ExpertLoadReport(layers=(0,), shares=((share, 1 - share),)) for share in (0.5, 0.9)
+    )
+    arms = tuple(
+        arm.model_copy(update={"label": label, "expert_load": load})
+        for label, load in (("a", even), ("b", uneven), ("c", even))
+    )
+    maps = [
+        one
+        for one in plots.drawings(one_dense_arm.model_copy(update={"arms": arms}))
+        if one.name.startswith("expert-load")
+    ]
+    assert [one.title.rpartition(" ")[2] for one in maps] == ["a", "b"]
+    assert maps[0].caption.endswith(" The same in c.")
+    assert "The same in" not in maps[1].caption
 
 
 def test_figures_of_many_arms_are_no_taller_than_a_page(

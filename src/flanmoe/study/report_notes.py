@@ -3,16 +3,20 @@
 from collections.abc import Mapping, Sequence
 
 from flanmoe.data.packing import PackingReport, merged
+from flanmoe.study.arm_report import AlertReport
 from flanmoe.study.number_text import listed
 from flanmoe.study.records import SeedResults
 from flanmoe.study.report_data import Hardware, MixtureData
 from flanmoe.study.report_routing import alert_sentences, alerts
 
+# Beyond these a sentence counts the arms.
+_MOST_NAMES = 4
+
 
 def notes(arms: Mapping[str, Sequence[SeedResults]], mixtures: Sequence[MixtureData]) -> list[str]:
     """What to know of the run: step 0, tasks that were skipped, sets drawn again, several machines."""
     found = [
-        f"Before tuning, no logit of the upcycled {'arms' if len(names) > 1 else 'arm'} {listed(names)} "
+        f"Before tuning, no logit of the upcycled {'arms' if len(names) > 1 else 'arm'} {_named(names)} "
         f"differed by more than {difference} from the dense model's on the probe text."
         for difference, names in _step0_differences(arms).items()
     ]
@@ -29,6 +33,10 @@ def notes(arms: Mapping[str, Sequence[SeedResults]], mixtures: Sequence[MixtureD
     return found
 
 
+def _named(arms: Sequence[str]) -> str:
+    return listed(arms, most=_MOST_NAMES)
+
+
 def _repeats(mixture: MixtureData) -> str:
     """Say which sets were smaller than their share of the draws, all seeds together; empty for none."""
     repeated = [task for task in mixture.tasks if task.num_draws > task.num_examples > 0]
@@ -36,7 +44,7 @@ def _repeats(mixture: MixtureData) -> str:
         return ""
     most = max(repeated, key=lambda task: task.num_draws / task.num_examples)
     return (
-        f"{len(repeated)} of the {len(mixture.tasks)} tasks that {listed(mixture.arms)} drew from hold fewer "
+        f"{len(repeated)} of the {len(mixture.tasks)} tasks that {_named(mixture.arms)} drew from hold fewer "
         f"examples than they were drawn, so some were seen again; most often those of {most.task} "
         f"({most.num_draws:,} draws of {most.num_examples:,} examples)."
     )
@@ -83,8 +91,7 @@ def warnings(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:
     ]
     sentences += _overlap_warnings(arms)
     sentences += _packing_warnings(arms)
-    for name, seeds in arms.items():
-        sentences += alert_sentences(name, alerts(seeds))
+    sentences += _alerts(arms)
     for name, seeds in arms.items():
         result = seeds[0].last
         if result is not None and result.num_truncated:
@@ -93,6 +100,21 @@ def warnings(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:
                 "cut on their left to fit into the model's positions."
             )
     return sentences
+
+
+def _alerts(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:
+    """Sentences about alerts, those of arms that share their tuning once."""
+    alike: list[tuple[tuple[AlertReport, ...], list[str]]] = []
+    for name, seeds in arms.items():
+        found = alerts(seeds)
+        same = next((names for other, names in alike if other == found), None)
+        if same is None:
+            alike.append((found, [name]))
+        else:
+            same.append(name)
+    return [
+        sentence for found, names in alike for sentence in alert_sentences(_named(names), found)
+    ]
 
 
 def _overlap_warnings(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:
@@ -120,7 +142,7 @@ def _packing_warnings(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:
         sentence
         for (dropped, truncated, without), names in alike.items()
         for sentence in _draw_sentences(
-            "draws" if len(alike) == 1 else f"draws of {listed(names)}",
+            "draws" if len(alike) == 1 else f"draws of {_named(names)}",
             dropped=dropped,
             truncated=truncated,
             without_exemplars=without,

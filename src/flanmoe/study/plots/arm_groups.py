@@ -1,11 +1,12 @@
-"""Which of many arms share a panel, and which come first where not all can be shown."""
+"""Which of many arms are one line or picture, share a panel, and come first where not all can be shown."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flanmoe.study.arm_report import ArmReport
 from flanmoe.study.plots.figure import ARM_COLOURS
 from flanmoe.study.report_data import ReportData
+from flanmoe.study.shared_tuning import alike
 
 # As many as there are colours: one more, and two lines of a panel look alike.
 MOST_TOGETHER = len(ARM_COLOURS)
@@ -31,15 +32,28 @@ def arm_groups(arms: Sequence[ArmReport]) -> list[list[ArmReport]]:
     return groups
 
 
-def first_arms(data: ReportData, arms: Sequence[ArmReport], most: int) -> list[ArmReport]:
-    """Return at most so many of these arms, in their order: the baseline and those that claims name first."""
+def first_arms(
+    data: ReportData, arms: Sequence[ArmReport], most: int, *, what: Callable[[ArmReport], object]
+) -> tuple[list[ArmReport], int]:
+    """Return at most so many of these arms, in their order, and how many are left out.
+
+    The baseline comes first, then those that claims name.
+
+    Args:
+        data: the report.
+        arms: some of its arms.
+        most: how many can be shown.
+        what: what is shown of an arm; arms that are the same in it are one (`shared_tuning`).
+    """
     named = {
         name for claim in data.claims for match in claim.budgets for name in (match.arm, match.twin)
     }
     baseline = data.baseline_arm.label
     ranked = sorted(arms, key=lambda arm: (arm.label != baseline, arm.label not in named))
-    kept = {arm.label for arm in ranked[:most]}
-    return [arm for arm in arms if arm.label in kept]
+    distinct = alike(ranked, what)
+    kept = {one.arm.label: one.counting for one in distinct[:most]}
+    left_out = sum(1 + len(one.others) for one in distinct[most:])
+    return [kept[arm.label] for arm in arms if arm.label in kept], left_out
 
 
 def _first_word(arm: ArmReport) -> str:

@@ -8,10 +8,11 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from flanmoe.study.arm_report import ExpertLoadReport
-from flanmoe.study.number_text import percent
+from flanmoe.study.arm_report import ArmReport, ExpertLoadReport
+from flanmoe.study.number_text import listed, percent
 from flanmoe.study.plots.figure import INK, Drawing, new_figure
 from flanmoe.study.report_data import ReportData
+from flanmoe.study.shared_tuning import alike
 
 # From light to dark all the way, so that the order survives without any hue.
 _LOAD_COLOURS = LinearSegmentedColormap.from_list(
@@ -20,17 +21,19 @@ _LOAD_COLOURS = LinearSegmentedColormap.from_list(
 
 # A page of a dozen maps that hardly differ helps nobody; the tables hold the loads of all arms.
 _MOST_SHOWN = 4
+_MOST_NAMES = 8
 
 
 def expert_loads(data: ReportData) -> list[Drawing | None]:
     """Heat maps of the sparse arms; of many, the baseline's and those of the most uneven load."""
-    busiest = {
-        number: (arm.label == data.baseline, arm.expert_load.max_over_mean)
-        for number, arm in enumerate(data.arms)
-        if arm.expert_load is not None
-    }
-    shown = sorted(busiest, key=lambda number: busiest[number], reverse=True)[:_MOST_SHOWN]
-    return [expert_load(data, number) for number in sorted(shown)]
+    sparse = [one.arm for one in alike(data.arms, load_of) if one.arm.expert_load is not None]
+    shown = sorted(sparse, key=lambda arm: _standing_out(data, arm), reverse=True)[:_MOST_SHOWN]
+    return [expert_load(data, number) for number, arm in enumerate(data.arms) if arm in shown]
+
+
+def _standing_out(data: ReportData, arm: ArmReport) -> tuple[bool, float]:
+    uneven = arm.expert_load.max_over_mean if arm.expert_load else 0.0
+    return arm.label == data.baseline, uneven
 
 
 def expert_load(data: ReportData, number: int) -> Drawing | None:
@@ -47,8 +50,20 @@ def expert_load(data: ReportData, number: int) -> Drawing | None:
             title,
             f"{title}. {_load_in_words(load)}.",
             "1 on the scale is the even share, 1 / number of experts. A white dot marks an expert with at "
-            "least twice that share, a cross one that no token was sent to.",
+            "least twice that share, a cross one that no token was sent to." + same_in(data, arm),
         )
+
+
+def same_in(data: ReportData, arm: ArmReport) -> str:
+    """Say which other arms have the same load, since they share the arm's tuning; empty for none."""
+    (one,) = (one for one in alike(data.arms, load_of) if one.arm.expert_load == arm.expert_load)
+    others = [label for label in (one.arm.label, *one.others) if label != arm.label]
+    return f" The same in {listed(others, most=_MOST_NAMES)}." if others else ""
+
+
+def load_of(arm: ArmReport) -> ExpertLoadReport | None:
+    """Return how experts were used, which arms that share their tuning share."""
+    return arm.expert_load
 
 
 def _draw_load(figure: Figure, axes: Axes, load: ExpertLoadReport) -> None:

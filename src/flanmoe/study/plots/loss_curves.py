@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from flanmoe.study.arm_report import ArmReport, CurvePoint
+from flanmoe.study.arm_report import ArmReport, CurvePoint, LossCurve
 from flanmoe.study.number_text import short
 from flanmoe.study.plots.arm_groups import MOST_TOGETHER, arm_groups, first_arms
 from flanmoe.study.plots.curve_series import Cost, Series, series
@@ -16,6 +16,7 @@ LINE_STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 _MOST_ARMS = 6 * MOST_TOGETHER
 _MOST_ARMS_IN_AXES = 4
 _LEGEND_COLUMNS = 3
+_MOST_MARKERS = 10
 _LONGEST_IN_THREE, _LONGEST_IN_TWO = 21, 34
 
 
@@ -27,11 +28,11 @@ def loss_curves(data: ReportData) -> Drawing | None:
     there = [arm for arm in data.arms if _finite_points(arm)]
     if not there:
         return None
-    arms = first_arms(data, there, _MOST_ARMS)
+    arms, left_out = first_arms(data, there, _MOST_ARMS, what=_curves)
     counted = any(series(arm, "flops") for arm in arms)
     costs: tuple[Cost, ...] = ("tokens", "flops") if counted else ("tokens",)
     draw = _together if len(arms) <= MOST_TOGETHER else _in_groups
-    return draw(data, arms, costs, _caption(arms, len(there) - len(arms)))
+    return draw(data, arms, costs, _caption(arms, left_out))
 
 
 def _together(
@@ -44,7 +45,7 @@ def _together(
         panels = figure.subplots(len(costs), 1, squeeze=False, sharey=True)[:, 0]
         for axes, cost in zip(panels, costs, strict=True):
             for arm in arms:
-                _draw_arm(axes, arm, cost, data.arms.index(arm))
+                _draw_arm(axes, arm, cost, list(map(_curves, data.arms)).index(arm.curves))
             _name_axes(axes, cost)
         if is_crowded:
             handles, labels = panels[0].get_legend_handles_labels()
@@ -114,6 +115,8 @@ def _caption(arms: Sequence[ArmReport], left_out: int) -> str:
     elif any(one.smoothed for one in found):
         words.append("Losses of single steps are smoothed by a running mean.")
     words.append("Router losses are left out.")
+    if any(" + " in arm.label for arm in arms):
+        words.append("Arms that share their training are one line (+ 3: of three more arms).")
     if left_out:
         words.append(f"{left_out} arms that no claim names are left out.")
     return " ".join(words)
@@ -143,7 +146,7 @@ def _name_axes(axes: Axes, cost: Cost, *, narrow: bool = False) -> None:
 def _draw_group(axes: Axes, data: ReportData, group: Sequence[ArmReport], cost: Cost) -> None:
     baseline = data.baseline_arm
     line = series(baseline, cost)
-    if baseline not in group and line is not None:
+    if baseline.curves not in map(_curves, group) and line is not None:
         style = {"color": MUTED, "linewidth": 1.2, "linestyle": LINE_STYLES[1]}
         axes.plot(line.spent, line.loss, label=baseline.label, **style)
     for number, arm in enumerate(group):
@@ -166,9 +169,14 @@ def _draw_arm(axes: Axes, arm: ArmReport, cost: Cost, number: int, *, width: flo
         linestyle=LINE_STYLES[number % len(LINE_STYLES)],
         linewidth=width,
         marker=_marker(line, number),
+        markevery=max(len(line.spent) // _MOST_MARKERS, 1),
         markersize=3.5,
         label=arm.label,
     )
+
+
+def _curves(arm: ArmReport) -> tuple[LossCurve, ...]:
+    return arm.curves
 
 
 def _marker(line: Series, number: int) -> str | None:

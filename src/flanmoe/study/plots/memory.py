@@ -25,8 +25,9 @@ def memory(data: ReportData) -> Drawing | None:
     there = [arm for arm in data.arms if arm.memory]
     if not there:
         return None
-    arms = first_arms(data, _largest_first(there), _MOST_ARMS)
-    left_out = len(there) - len(arms)
+    arms, left_out = first_arms(
+        data, _largest_first(there), _MOST_ARMS, what=lambda arm: arm.memory
+    )
     more = f" {left_out} arms are left out; the table has all." if left_out else ""
     title = "Memory of training: estimate and measurement"
     with new_figure("memory", height=1.55 + 0.62 * len(arms)) as (figure, finish):

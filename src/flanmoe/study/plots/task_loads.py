@@ -10,8 +10,10 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from flanmoe.study.arm_report import ExpertLoadReport, TaskLoad
+from flanmoe.study.plots.expert_load import load_of, same_in
 from flanmoe.study.plots.figure import Drawing, new_figure
 from flanmoe.study.report_data import ReportData
+from flanmoe.study.shared_tuning import alike
 
 # From less to more than all tasks together; lightness tells both apart from the middle without hue.
 _RELATIVE = LinearSegmentedColormap.from_list(
@@ -28,12 +30,13 @@ _LIMIT = 2.0
 def task_loads(data: ReportData) -> list[Drawing | None]:
     """Heat maps of the sparse arms that know their tasks, the baseline first; of many arms the first ones."""
     there = [
-        number
-        for number, arm in enumerate(data.arms)
-        if arm.expert_load is not None and len(arm.expert_load.tasks) > 1
+        one.arm.label
+        for one in alike(data.arms, load_of)
+        if one.arm.expert_load is not None and len(one.arm.expert_load.tasks) > 1
     ]
-    ordered = sorted(there, key=lambda number: data.arms[number].label != data.baseline)
-    return [task_load(data, number) for number in ordered[:_MOST_ARMS]]
+    shown = sorted(there, key=lambda label: label != data.baseline)[:_MOST_ARMS]
+    numbers = {arm.label: number for number, arm in enumerate(data.arms)}
+    return [task_load(data, numbers[label]) for label in shown]
 
 
 def task_load(data: ReportData, number: int) -> Drawing | None:
@@ -54,7 +57,7 @@ def task_load(data: ReportData, number: int) -> Drawing | None:
             title,
             f"{title}. {_in_words(load, layers)}.",
             "Share of a task's assignments that an expert gets, over its share of all tasks' assignments. A "
-            f"cross marks an expert that no token of the task was sent to. {shown}",
+            f"cross marks an expert that no token of the task was sent to. {shown}{same_in(data, arm)}",
         )
 
 

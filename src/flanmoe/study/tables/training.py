@@ -7,6 +7,7 @@ from flanmoe.moe.alerts import Alert
 from flanmoe.study.arm_report import ArmReport, CurvePoint, ExpertLoadReport, RouterLosses
 from flanmoe.study.number_text import exact, percent, short, size
 from flanmoe.study.report_data import ReportData
+from flanmoe.study.shared_tuning import alike
 from flanmoe.study.tables.base import MOST_ARM_COLUMNS, Section, TextTable
 
 _MOST_EXPERTS_NAMED = 6
@@ -20,7 +21,8 @@ def routing(data: ReportData) -> Section:
     detailed = data.arms
     if len(sparse) > MOST_ARM_COLUMNS:
         tables.append(_loads_table(sparse))
-        detailed = sorted(sparse, key=_unevenness)[-_MOST_LOADS:]
+        distinct = [one.counting for one in alike(sparse, lambda arm: arm.expert_load)]
+        detailed = sorted(distinct, key=_unevenness)[-_MOST_LOADS:]
     for arm in detailed:
         if arm.router_losses is not None:
             tables.append(_router_table(arm, arm.router_losses))
@@ -30,6 +32,12 @@ def routing(data: ReportData) -> Section:
             tables.append(_task_table(arm, arm.expert_load))
     tables += [found for found in (_drops_table(data), _alert_table(data)) if found]
     return Section("Routing", tuple(tables))
+
+
+def _counted(rows: Sequence[tuple[str, ...]]) -> str:
+    """Explain labels of several arms, where there are any."""
+    has_shared = any(" + " in row[0] for row in rows)
+    return "+ 3 stands for three more arms with the same tuning. " if has_shared else ""
 
 
 def _unevenness(arm: ArmReport) -> float:
@@ -139,13 +147,14 @@ def _alert_table(data: ReportData) -> TextTable | None:
             "still up" if one.alert.cleared is None else exact(one.alert.cleared),
             str(one.seed),
         )
-        for arm in data.arms
+        for arm in (one.counting for one in alike(data.arms, lambda arm: arm.alerts))
         for one in arm.alerts
     ]
     if not rows:
         return None
     header = ("arm", "alert", "where", "value", "limit", "raised at step", "cleared", "seed")
     note = "What each kind means, its limit and what to do: docs/guide/routing_monitor.md."
+    note = _counted(rows) + note
     return TextTable(header, tuple(rows), title="Alerts about routing", note=note)
 
 
@@ -153,7 +162,7 @@ def _drops_table(data: ReportData) -> TextTable | None:
     """What found no expert, layer by layer; None where everything did."""
     rows = [
         (arm.label, name, percent(dropped), percent(unserved))
-        for arm in data.arms
+        for arm in (one.counting for one in alike(data.arms, lambda arm: arm.expert_load))
         if (load := arm.expert_load) is not None
         for name, dropped, unserved in zip(
             load.names, load.dropped_share, load.unserved_share, strict=False
@@ -166,8 +175,8 @@ def _drops_table(data: ReportData) -> TextTable | None:
         ("arm", "layer", "choices that did not fit", "tokens without an expert"),
         tuple(rows),
         title="Drops while tuning",
-        note="Layers that are not listed dropped nothing. Where experts choose, nobody asks, so nothing can "
-        "fail to fit; a token that none of them chose goes on as it was.",
+        note=f"{_counted(rows)}Layers that are not listed dropped nothing. Where experts choose, nobody asks, so "
+        "nothing can fail to fit; a token that none of them chose goes on as it was.",
     )
 
 
