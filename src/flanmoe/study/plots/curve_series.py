@@ -12,7 +12,7 @@ Cost = Literal["tokens", "flops"]
 Points = Float[np.ndarray, " N"]
 
 _POINTS_WITHOUT_SMOOTHING = 40
-_MOST_POINTS = 50
+_MOST_POINTS = 40
 _MOST_STEPS = 400
 
 

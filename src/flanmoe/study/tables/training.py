@@ -175,8 +175,8 @@ def _drops_table(data: ReportData) -> TextTable | None:
         ("arm", "layer", "choices that did not fit", "tokens without an expert"),
         tuple(rows),
         title="Drops while tuning",
-        note=f"{_counted(rows)}Layers that are not listed dropped nothing. Where experts choose, nobody asks, so "
-        "nothing can fail to fit; a token that none of them chose goes on as it was.",
+        note=f"{_counted(rows)}Layers that are not listed dropped nothing. Where experts choose, nobody asks, "
+        "so nothing can fail to fit; a token that none of them chose goes on as it was.",
     )
 
 
