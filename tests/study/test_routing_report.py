@@ -22,7 +22,13 @@ from flanmoe.study.plots.task_loads import spreads
 from flanmoe.study.records import SeedResults
 from flanmoe.study.report import html_report, markdown_report
 from flanmoe.study.report_data import ReportData
-from flanmoe.study.report_routing import alert_sentences, alerts, expert_load, routing_curve
+from flanmoe.study.report_routing import (
+    alert_sentences,
+    alerts,
+    expert_load,
+    routing_curve,
+    shared_alert_sentences,
+)
 from flanmoe.study.tables import sections
 
 TASKS = (
@@ -215,6 +221,17 @@ def test_alerts_of_one_kind_are_one_sentence() -> None:
         "raised 2 times more, in other places or seeds."
     ]
     assert alert_sentences("a", []) == []
+
+
+def test_arms_that_share_their_alerts_share_the_sentence() -> None:
+    (one,) = alerts([cast(SeedResults, SimpleNamespace(seed=0, tunings={"t": tuned()}))])
+    other = one.model_copy(update={"alert": alert(layer=9)})
+    words = shared_alert_sentences({"a": [one], "b": [], "c": [other], "d": [one], "e": []})
+    assert [sentence.partition(":")[0] for sentence in words] == ["a and d", "c"]
+    many = shared_alert_sentences({f"arm{number}": [one] for number in range(6)})
+    assert [sentence.partition(":")[0] for sentence in many] == [
+        "arm0, arm1, arm2, arm3 and 2 more"
+    ]
 
 
 def test_tasks_have_a_table(report: ReportData) -> None:

@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 from flanmoe.data.packing import PackingReport, merged
-from flanmoe.study.arm_report import AlertReport
 from flanmoe.study.number_text import listed
 from flanmoe.study.records import SeedResults
 from flanmoe.study.report_data import Hardware, MixtureData
-from flanmoe.study.report_routing import alert_sentences, alerts
+from flanmoe.study.report_routing import alerts, shared_alert_sentences
 
 # Beyond these a sentence counts the arms.
 _MOST_NAMES = 4
@@ -91,7 +90,7 @@ def warnings(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:
     ]
     sentences += _overlap_warnings(arms)
     sentences += _packing_warnings(arms)
-    sentences += _alerts(arms)
+    sentences += shared_alert_sentences({name: alerts(seeds) for name, seeds in arms.items()})
     for name, seeds in arms.items():
         result = seeds[0].last
         if result is not None and result.num_truncated:
@@ -100,21 +99,6 @@ def warnings(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:
                 "cut on their left to fit into the model's positions."
             )
     return sentences
-
-
-def _alerts(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:
-    """Sentences about alerts, those of arms that share their tuning once."""
-    alike: list[tuple[tuple[AlertReport, ...], list[str]]] = []
-    for name, seeds in arms.items():
-        found = alerts(seeds)
-        same = next((names for other, names in alike if other == found), None)
-        if same is None:
-            alike.append((found, [name]))
-        else:
-            same.append(name)
-    return [
-        sentence for found, names in alike for sentence in alert_sentences(_named(names), found)
-    ]
 
 
 def _overlap_warnings(arms: Mapping[str, Sequence[SeedResults]]) -> list[str]:

@@ -1,6 +1,6 @@
 """From what tunings recorded of their routing to what a report shows: load by task, its course, alerts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from flanmoe.moe.alerts import Alert
 from flanmoe.stages.tune import TuneStageResult
@@ -10,11 +10,14 @@ from flanmoe.study.arm_report import (
     RoutingCurvePoint,
     TaskLoad,
 )
+from flanmoe.study.number_text import listed
 from flanmoe.study.records import SeedResults
 from flanmoe.training.trained_routing import TrainedTask
 
 # A report is read; results have the rest.
 _MOST_TASKS = 24
+# Beyond these a sentence counts the arms.
+_MOST_NAMES = 4
 
 
 def expert_load(tuned: TuneStageResult) -> ExpertLoadReport | None:
@@ -73,6 +76,26 @@ def alerts(seeds: Sequence[SeedResults]) -> tuple[AlertReport, ...]:
         for label, tuned in seed.tunings.items()
         for alert in tuned.training.alerts
     )
+
+
+def shared_alert_sentences(found: Mapping[str, Sequence[AlertReport]]) -> list[str]:
+    """Say what was wrong in every arm, once for arms with the same alerts, which share their tuning.
+
+    Args:
+        found: the alerts of each arm.
+    """
+    shared: list[tuple[Sequence[AlertReport], list[str]]] = []
+    for arm, own in found.items():
+        names = next((names for others, names in shared if others == own), None)
+        if names is None:
+            shared.append((own, [arm]))
+        else:
+            names.append(arm)
+    return [
+        sentence
+        for own, names in shared
+        for sentence in alert_sentences(listed(names, most=_MOST_NAMES), own)
+    ]
 
 
 def alert_sentences(arm: str, found: Sequence[AlertReport]) -> list[str]:
