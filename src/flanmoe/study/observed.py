@@ -44,7 +44,8 @@ class Observed:
             return ()
         return (
             f"Accuracy on {listing(self.at_chance)} does not count in claims and effects: no arm is above "
-            "chance there, so a difference would be one of guesses.",
+            "chance there (guessing, or always giving the commonest answer), so a difference would be one of "
+            "guesses.",
         )
 
 
