@@ -65,7 +65,7 @@ class _StrictLoader(yaml.SafeLoader):
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == _YAML_MERGE:
                 continue
             # By value: `off` and `false` are one key.
-            key: Any = self.construct_object(key_node)
+            key: Any = self.construct_object(key_node)  # pyright: ignore
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"found the key `{key_node.value}` twice", key_node.start_mark
@@ -76,7 +76,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 def several(value: Any) -> Any:
     """Return one value as a tuple of it, and several as they are; for fields that take either."""
-    return value if isinstance(value, list | tuple) else (value,)
+    return value if isinstance(value, (list, tuple)) else (value,)  # pyright: ignore
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
