@@ -12,6 +12,7 @@ from flanmoe.study.arm_report import (
 )
 from flanmoe.study.number_text import listed
 from flanmoe.study.records import SeedResults
+from flanmoe.study.shared_tuning import alike
 from flanmoe.training.trained_routing import TrainedTask
 
 # A report is read; results have the rest.
@@ -84,17 +85,10 @@ def shared_alert_sentences(found: Mapping[str, Sequence[AlertReport]]) -> list[s
     Args:
         found: the alerts of each arm.
     """
-    shared: list[tuple[Sequence[AlertReport], list[str]]] = []
-    for arm, own in found.items():
-        names = next((names for others, names in shared if others == own), None)
-        if names is None:
-            shared.append((own, [arm]))
-        else:
-            names.append(arm)
     return [
         sentence
-        for own, names in shared
-        for sentence in alert_sentences(listed(names, most=_MOST_NAMES), own)
+        for names in alike(list(found), lambda arm: found[arm])
+        for sentence in alert_sentences(listed(names, most=_MOST_NAMES), found[names[0]])
     ]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from flanmoe.study.arm_report import ArmReport
 from flanmoe.study.plots.figure import ARM_COLOURS
 from flanmoe.study.report_data import ReportData
-from flanmoe.study.shared_tuning import alike
+from flanmoe.study.shared_tuning import alike, counting
 
 # As many as there are colours: one more, and two lines of a panel look alike.
 MOST_TOGETHER = len(ARM_COLOURS)
@@ -51,8 +51,8 @@ def first_arms(
     baseline = data.baseline_arm.label
     ranked = sorted(arms, key=lambda arm: (arm.label != baseline, arm.label not in named))
     distinct = alike(ranked, what)
-    kept = {one.arm.label: one.counting for one in distinct[:most]}
-    left_out = sum(1 + len(one.others) for one in distinct[most:])
+    kept = {group[0].label: counting(group) for group in distinct[:most]}
+    left_out = sum(map(len, distinct[most:]))
     return [kept[arm.label] for arm in arms if arm.label in kept], left_out
 
 

@@ -26,9 +26,11 @@ _MOST_NAMES = 8
 
 def expert_loads(data: ReportData) -> list[Drawing | None]:
     """Heat maps of the sparse arms; of many, the baseline's and those of the most uneven load."""
-    sparse = [one.arm for one in alike(data.arms, load_of) if one.arm.expert_load is not None]
-    shown = sorted(sparse, key=lambda arm: _standing_out(data, arm), reverse=True)[:_MOST_SHOWN]
-    return [expert_load(data, number) for number, arm in enumerate(data.arms) if arm in shown]
+    firsts = [group[0] for group in alike(data.arms, load_of)]
+    sparse = [arm for arm in firsts if arm.expert_load is not None]
+    ranked = sorted(sparse, key=lambda arm: _standing_out(data, arm), reverse=True)
+    shown = {arm.label for arm in ranked[:_MOST_SHOWN]}
+    return [expert_load(data, number) for number, arm in enumerate(data.arms) if arm.label in shown]
 
 
 def _standing_out(data: ReportData, arm: ArmReport) -> tuple[bool, float]:
@@ -56,8 +58,11 @@ def expert_load(data: ReportData, number: int) -> Drawing | None:
 
 def same_in(data: ReportData, arm: ArmReport) -> str:
     """Say which other arms have the same load, since they share the arm's tuning; empty for none."""
-    (one,) = (one for one in alike(data.arms, load_of) if one.arm.expert_load == arm.expert_load)
-    others = [label for label in (one.arm.label, *one.others) if label != arm.label]
+    others = [
+        other.label
+        for other in data.arms
+        if other.label != arm.label and other.expert_load == arm.expert_load
+    ]
     return f" The same in {listed(others, most=_MOST_NAMES)}." if others else ""
 
 

@@ -32,7 +32,8 @@ def loss_curves(data: ReportData) -> Drawing | None:
     counted = any(series(arm, "flops") for arm in arms)
     costs: tuple[Cost, ...] = ("tokens", "flops") if counted else ("tokens",)
     draw = _together if len(arms) <= MOST_TOGETHER else _in_groups
-    return draw(data, arms, costs, _caption(arms, left_out))
+    is_shared = len(arms) + left_out < len(there)
+    return draw(data, arms, costs, _caption(arms, left_out, is_shared=is_shared))
 
 
 def _together(
@@ -43,9 +44,11 @@ def _together(
     height = (3.5 if len(costs) == 1 else 5.4) + 0.22 * legend_rows
     with new_figure("loss-curves", height=height) as (figure, finish):
         panels = figure.subplots(len(costs), 1, squeeze=False, sharey=True)[:, 0]
+        every = list(map(_curves, data.arms))
+        numbers = [every.index(arm.curves) for arm in arms]
         for axes, cost in zip(panels, costs, strict=True):
-            for arm in arms:
-                _draw_arm(axes, arm, cost, list(map(_curves, data.arms)).index(arm.curves))
+            for arm, number in zip(arms, numbers, strict=True):
+                _draw_arm(axes, arm, cost, number)
             _name_axes(axes, cost)
         if is_crowded:
             handles, labels = panels[0].get_legend_handles_labels()
@@ -102,7 +105,7 @@ def _finish(
     return finish(title, f"{title}. {alt}.", caption)
 
 
-def _caption(arms: Sequence[ArmReport], left_out: int) -> str:
+def _caption(arms: Sequence[ArmReport], left_out: int, *, is_shared: bool) -> str:
     found = [one for arm in arms if (one := series(arm, "tokens"))]
     words: list[str] = []
     if any(one.low is not None for one in found):
@@ -115,7 +118,7 @@ def _caption(arms: Sequence[ArmReport], left_out: int) -> str:
     elif any(one.smoothed for one in found):
         words.append("Losses of single steps are smoothed by a running mean.")
     words.append("Router losses are left out.")
-    if any(" + " in arm.label for arm in arms):
+    if is_shared:
         words.append("Arms that share their training are one line (+ 3: of three more arms).")
     if left_out:
         words.append(f"{left_out} arms that no claim names are left out.")

@@ -8,7 +8,7 @@ from flanmoe.study.number_text import percent
 from flanmoe.study.plots.figure import MUTED, Drawing, arm_colour, new_figure
 from flanmoe.study.plots.loss_curves import LINE_STYLES, legend_columns, tokens_axis
 from flanmoe.study.report_data import ReportData
-from flanmoe.study.shared_tuning import alike
+from flanmoe.study.shared_tuning import alike, counting
 
 _MOST_ARMS = 6
 
@@ -17,9 +17,9 @@ def routing_curves(data: ReportData) -> Drawing | None:
     """Entropy of the load over tokens; None where no arm is sparse. Of many arms the most uneven."""
     numbers = {arm.label: number for number, arm in enumerate(data.arms)}
     there = {
-        numbers[one.arm.label]: one.counting
-        for one in alike(data.arms, lambda arm: arm.routing_curve)
-        if one.arm.routing_curve
+        numbers[group[0].label]: counting(group)
+        for group in alike(data.arms, lambda arm: arm.routing_curve)
+        if group[0].routing_curve
     }
     if not there:
         return None

@@ -30,9 +30,9 @@ _LIMIT = 2.0
 def task_loads(data: ReportData) -> list[Drawing | None]:
     """Heat maps of the sparse arms that know their tasks, the baseline first; of many arms the first ones."""
     there = [
-        one.arm.label
-        for one in alike(data.arms, load_of)
-        if one.arm.expert_load is not None and len(one.arm.expert_load.tasks) > 1
+        group[0].label
+        for group in alike(data.arms, load_of)
+        if (load := group[0].expert_load) is not None and len(load.tasks) > 1
     ]
     shown = sorted(there, key=lambda label: label != data.baseline)[:_MOST_ARMS]
     numbers = {arm.label: number for number, arm in enumerate(data.arms)}

@@ -7,7 +7,7 @@ from flanmoe.moe.alerts import Alert
 from flanmoe.study.arm_report import ArmReport, CurvePoint, ExpertLoadReport, RouterLosses
 from flanmoe.study.number_text import exact, percent, short, size
 from flanmoe.study.report_data import ReportData
-from flanmoe.study.shared_tuning import alike
+from flanmoe.study.shared_tuning import alike, counting
 from flanmoe.study.tables.base import MOST_ARM_COLUMNS, Section, TextTable
 
 _MOST_EXPERTS_NAMED = 6
@@ -21,7 +21,7 @@ def routing(data: ReportData) -> Section:
     detailed = data.arms
     if len(sparse) > MOST_ARM_COLUMNS:
         tables.append(_loads_table(sparse))
-        distinct = [one.counting for one in alike(sparse, lambda arm: arm.expert_load)]
+        distinct = list(map(counting, alike(sparse, lambda arm: arm.expert_load)))
         detailed = sorted(distinct, key=_unevenness)[-_MOST_LOADS:]
     for arm in detailed:
         if arm.router_losses is not None:
@@ -34,10 +34,10 @@ def routing(data: ReportData) -> Section:
     return Section("Routing", tuple(tables))
 
 
-def _counted(rows: Sequence[tuple[str, ...]]) -> str:
-    """Explain labels of several arms, where there are any."""
-    has_shared = any(" + " in row[0] for row in rows)
-    return "+ 3 stands for three more arms with the same tuning. " if has_shared else ""
+def _counted(rows: Sequence[tuple[str, ...]], data: ReportData) -> str:
+    """Explain labels that stand for several arms, where there are any."""
+    is_shared = not {row[0] for row in rows} <= {arm.label for arm in data.arms}
+    return "+ 3 stands for three more arms with the same tuning. " if is_shared else ""
 
 
 def _unevenness(arm: ArmReport) -> float:
@@ -136,6 +136,7 @@ def _alert_place(alert: Alert) -> str:
 
 def _alert_table(data: ReportData) -> TextTable | None:
     """Every alert about routing; None where there was none."""
+    shown = list(map(counting, alike(data.arms, lambda arm: arm.alerts)))
     rows = [
         (
             arm.label,
@@ -147,22 +148,23 @@ def _alert_table(data: ReportData) -> TextTable | None:
             "still up" if one.alert.cleared is None else exact(one.alert.cleared),
             str(one.seed),
         )
-        for arm in (one.counting for one in alike(data.arms, lambda arm: arm.alerts))
+        for arm in shown
         for one in arm.alerts
     ]
     if not rows:
         return None
     header = ("arm", "alert", "where", "value", "limit", "raised at step", "cleared", "seed")
     note = "What each kind means, its limit and what to do: docs/guide/routing_monitor.md."
-    note = _counted(rows) + note
+    note = _counted(rows, data) + note
     return TextTable(header, tuple(rows), title="Alerts about routing", note=note)
 
 
 def _drops_table(data: ReportData) -> TextTable | None:
     """What found no expert, layer by layer; None where everything did."""
+    shown = list(map(counting, alike(data.arms, lambda arm: arm.expert_load)))
     rows = [
         (arm.label, name, percent(dropped), percent(unserved))
-        for arm in (one.counting for one in alike(data.arms, lambda arm: arm.expert_load))
+        for arm in shown
         if (load := arm.expert_load) is not None
         for name, dropped, unserved in zip(
             load.names, load.dropped_share, load.unserved_share, strict=False
@@ -175,8 +177,8 @@ def _drops_table(data: ReportData) -> TextTable | None:
         ("arm", "layer", "choices that did not fit", "tokens without an expert"),
         tuple(rows),
         title="Drops while tuning",
-        note=f"{_counted(rows)}Layers that are not listed dropped nothing. Where experts choose, nobody asks, "
-        "so nothing can fail to fit; a token that none of them chose goes on as it was.",
+        note=f"{_counted(rows, data)}Layers that are not listed dropped nothing. Where experts choose, nobody "
+        "asks, so nothing can fail to fit; a token that none of them chose goes on as it was.",
     )
 
 
