@@ -27,10 +27,10 @@ help:  ## list the targets
 
 setup: $(READY)  ## make .venv and install what quickstart and test need
 
-quickstart: $(READY)  ## the main job on an embedded model: about 15 minutes on 2 cores that compute bfloat16, longer on others
+quickstart: $(READY)  ## the main job on an embedded model: about half an hour on 2 cores, half of that where they compute bfloat16
 	$(BIN)/flanmoe quickstart $(ARGS)
 
-test: $(READY)  ## all tests but the exhaustive ones: about a quarter of an hour on 2 slow cores
+test: $(READY)  ## all tests but the exhaustive ones: under half an hour on 2 slow cores
 	$(BIN)/python -m pytest $(PARALLEL) -m "not exhaustive" $(ARGS)
 
 test-fast: $(READY)  ## neither slow nor exhaustive tests: under a minute
