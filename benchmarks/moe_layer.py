@@ -7,8 +7,9 @@ A shape is a number of experts, of experts a token, a hidden size, an expert wid
 that compute gated experts (SiLU) have the same weights and the same random choices; the dense FFN has the
 same activation and top-k times the width, so the same FLOPs. transformers' Switch has no gate: it is compared
 with flanmoe's experts without a gate, both 1.5 times as wide, at top-1. st-moe-pytorch routes by itself, with
-room for all choices on average, in float32, from top-2 on; its layer is timed with its router. On CUDA
-ScatterMoE and sonic-moe take part where they are installed (`cuda_peers.py`). `products` is the six matrix
+room for all choices on average, in float32, from top-2 on; its layer is timed with its router. `flanmoe, kept`
+keeps activations instead of computing them again. On CUDA flanmoe's Triton kernels take part, and ScatterMoE
+and sonic-moe where they are installed (`cuda_peers.py`). `products` is the six matrix
 products of the experts alone, written into place. Contenders take turns, round after round; a step is a forward
 and a backward pass to inputs, gates and weights.
 
@@ -50,7 +51,9 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 from flanmoe.core.console import show_table
 from flanmoe.moe.compute import FusedExperts, Gated, Plain, expert_ffn, product_path
 
-OURS, OURS_UNGATED, DENSE = "flanmoe", "flanmoe, no gate", "dense"
+OURS, DENSE = "flanmoe", "dense"
+OURS_KEEPING, OURS_TRITON = "flanmoe, kept", "flanmoe, Triton"
+OURS_UNGATED = "flanmoe, no gate"
 SWITCH, ST_MOE, PRODUCTS = "transformers Switch", "st-moe-pytorch", "products"
 TRANSFORMERS = {"transformers eager": "eager", "transformers grouped_mm": "grouped_mm"}
 UNGATED_WIDTH = 1.5
@@ -126,9 +129,9 @@ def inputs_of(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
     )
 
 
-def ours(inputs: Inputs) -> Contender:
+def ours(inputs: Inputs, **options: Any) -> Contender:
     """Return flanmoe's expert compute."""
-    experts = FusedExperts(inputs.gate_up, inputs.down, Gated("silu"))
+    experts = FusedExperts(inputs.gate_up, inputs.down, Gated("silu"), **options)
     return Contender(
         lambda: expert_ffn(inputs.hidden, inputs.expert_ids, inputs.gates, experts),
         inputs_leaves(inputs),
@@ -241,7 +244,11 @@ def products(shape: Shape, inputs: Inputs) -> Contender:
 
 def contenders_of(shape: Shape, inputs: Inputs, skipped: Sequence[str]) -> dict[str, Contender]:
     """Return all that can compute a shape."""
-    found = {DENSE: dense(shape, inputs), OURS: ours(inputs)}
+    found = {
+        DENSE: dense(shape, inputs),
+        OURS: ours(inputs),
+        OURS_KEEPING: ours(inputs, keep_activation=True),
+    }
     for name, implementation in TRANSFORMERS.items():
         found[name] = native(implementation, shape, inputs)
     found[PRODUCTS] = products(shape, inputs)
@@ -250,6 +257,7 @@ def contenders_of(shape: Shape, inputs: Inputs, skipped: Sequence[str]) -> dict[
     elif inputs.hidden.dtype == torch.float32:
         found[ST_MOE] = st_moe(shape, inputs)
     if inputs.hidden.is_cuda:
+        found[OURS_TRITON] = ours(inputs, kernels="triton")
         peers = cuda_peers(
             inputs.hidden,
             inputs.expert_ids,
@@ -293,12 +301,12 @@ def timed(
     function: Callable[[Contender], None],
     arguments: argparse.Namespace,
 ) -> dict[str, list[float]]:
-    """Let all contenders take turns; two rounds more come first."""
+    """Let all contenders take turns; some rounds more come first."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(arguments.rounds + 2):
+    for number in range(arguments.warm_up + arguments.rounds):
         for name, contender in contenders.items():
             taken = seconds_of(lambda: function(contender), arguments.device)  # noqa: B023
-            if number >= 2:
+            if number >= arguments.warm_up:
                 seconds[name].append(taken)
     return seconds
 
@@ -421,12 +429,18 @@ def goals_of(
     }
 
 
+def difference_to_eager(inputs: Inputs, shape: Shape) -> float:
+    """Return the largest difference of our outputs to those of transformers' loop, over the largest output."""
+    with torch.no_grad():
+        expected, found = native("eager", shape, inputs).forward(), ours(inputs).forward()
+    return float((expected - found).abs().max() / expected.abs().max())
+
+
 def result_of(shape: Shape, dtype_name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure one shape in one dtype."""
     inputs = inputs_of(shape, getattr(torch, dtype_name), arguments.device)
     contenders = contenders_of(shape, inputs, arguments.skip)
-    expected, found = contenders[OURS].forward(), contenders[min(TRANSFORMERS)].forward()
-    difference = float((expected - found).detach().abs().max() / found.detach().abs().max())
+    difference = difference_to_eager(inputs, shape)
     forward = timed(contenders, forward_only, arguments)
     whole = timed(contenders, step, arguments)
     results = {
@@ -483,6 +497,7 @@ def parsed() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--warm-up", type=int, default=2, help="rounds before those that count")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--shapes", nargs="+", type=int, help="numbers of shapes, counted from 0")
@@ -514,6 +529,7 @@ def main() -> None:
             else torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
             "rounds": arguments.rounds,
+            "warm_up": arguments.warm_up,
             "versions": {
                 name: metadata.version(name) for name in ("torch", "transformers", "st-moe-pytorch")
             },

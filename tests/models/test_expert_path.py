@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from flanmoe.models.blocks import moe_blocks
 from flanmoe.models.expert_path import expert_path
 from flanmoe.models.flan_moe_t5 import FlanMoeT5Config, FlanMoeT5ForConditionalGeneration
-from flanmoe.moe.compute.products import CHOICES
+from flanmoe.moe.compute.products import ASKED_FOR, CHOICES
 from flanmoe.testing.tiny_models import tiny_model
 
 CPU = torch.device("cpu")
@@ -40,6 +40,14 @@ def test_the_row_of_the_table_that_is_taken_is_named_with_its_reason(
     path = "rounded" if dtype == torch.bfloat16 else "expert"
     (reason,) = (choice.reason for choice in CHOICES if choice.path == path)
     assert found == f"{path}: {reason}"
+
+
+def test_kernels_that_were_asked_for_are_named_with_what_is_known_of_them() -> None:
+    model = tiny_model("mixtral")
+    model.set_experts_implementation("flanmoe_triton")
+    assert expert_path(moe_blocks(model), dtype=torch.float32, device=CPU) == (
+        f"triton: {ASKED_FOR.reason}"
+    )
 
 
 def test_another_way_is_named_as_such() -> None:

@@ -1,15 +1,20 @@
 """flanmoe's expert compute inside every native sparse model,
 against transformers' own eager forward."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from flanmoe.core.errors import ModelError
 from flanmoe.models.experts_interface import (
     EXPERTS_IMPLEMENTATION,
+    KERNELS,
     experts_forward,
     register_experts_implementation,
 )
+from flanmoe.moe.compute import triton_pass
 from flanmoe.testing.tiny_models import SPARSE_NAMES, tiny_model
 
 
@@ -54,6 +59,7 @@ class _Plain(torch.nn.Module):
     """Experts without a gate, with transposed matrices, biases and a norm behind them."""
 
     has_gate, has_bias, is_transposed, has_post_expert_norm = False, True, True, True
+    config = SimpleNamespace(_experts_implementation=EXPERTS_IMPLEMENTATION)
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,4 +90,17 @@ def test_experts_without_a_gate_and_with_a_norm_behind_them() -> None:
 
 def test_registering_twice_changes_nothing() -> None:
     register_experts_implementation()
-    assert ALL_EXPERTS_FUNCTIONS[EXPERTS_IMPLEMENTATION] is experts_forward
+    for name in KERNELS:
+        assert ALL_EXPERTS_FUNCTIONS[name] is experts_forward
+
+
+def test_kernels_of_ours_are_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_pass, "available", lambda: False)
+    model = tiny_model("mixtral")
+    model.set_experts_implementation("flanmoe_triton")
+    with pytest.raises(
+        ModelError, match=r"^Triton's kernels for experts need the package `triton`"
+    ):
+        model(_tokens())
+    model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+    model(_tokens())

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from flanmoe.core.seeds import SeedTree
 from flanmoe.models.activations import saved_bytes_per_token
+from flanmoe.models.blocks import moe_blocks
+from flanmoe.models.kept_activation import kept_activation
 from flanmoe.models.memory import RUNTIME_BYTES, estimate_memory
 from flanmoe.models.precision import Precision
 from flanmoe.models.upcycle import UpcycleConfig, upcycle
@@ -55,6 +57,21 @@ def test_activations_are_what_autograd_saves(name: str, precision: Precision) ->
     model = tiny_model(name, **_WIDER, num_hidden_layers=4).train()
     estimate = _LENGTH * saved_bytes_per_token(model, precision, length=_LENGTH)
     assert estimate == pytest.approx(_saved_by_autograd(model, precision), rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "olmoe"])
+def test_kept_activations_of_experts_are_what_autograd_saves_more(
+    name: str, precision: Precision
+) -> None:
+    model = tiny_model(name, **_WIDER, num_hidden_layers=4).train()
+    estimate = _LENGTH * saved_bytes_per_token(model, precision, length=_LENGTH)
+    saved = _saved_by_autograd(model, precision)
+    with kept_activation(model, True):
+        grown = _LENGTH * saved_bytes_per_token(model, precision, length=_LENGTH) - estimate
+        assert grown == _saved_by_autograd(model, precision) - saved
+    block, bytes_each = moe_blocks(model)[0], 2 if precision == "bfloat16" else 4
+    assert grown == 4 * _LENGTH * block.top_k * block.expert_width * bytes_each
 
 
 def _peak_of_a_micro_batch(model: PreTrainedModel, precision: Precision) -> int:
@@ -99,6 +116,22 @@ def test_the_fullest_moment_is_what_tensors_hold(
         model, rows=1, length=_LENGTH, precision=precision, gradient_checkpointing=checkpointing
     )
     measured = _peak_of_a_micro_batch(model, precision)
+    assert found.weight_copies + found.activations == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_the_fullest_moment_with_kept_activations_of_experts(
+    precision: Precision, checkpointing: bool
+) -> None:
+    model = tiny_model("mixtral", **_WIDER, intermediate_size=256, num_hidden_layers=8).train()
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    with kept_activation(model, True):
+        found = estimate_memory(
+            model, rows=1, length=_LENGTH, precision=precision, gradient_checkpointing=checkpointing
+        )
+        measured = _peak_of_a_micro_batch(model, precision)
     assert found.weight_copies + found.activations == pytest.approx(measured, rel=0.1)
 
 

@@ -12,6 +12,7 @@ from flanmoe.core.errors import ModelError
 from flanmoe.models.activations_encoder_decoder import encoder_decoder_activations
 from flanmoe.models.dropout import dropout
 from flanmoe.models.flan_moe_t5 import FlanMoeT5Config
+from flanmoe.models.kept_activation import kept_activation
 from flanmoe.models.memory import RUNTIME_BYTES, estimate_memory
 from flanmoe.models.precision import Precision
 from flanmoe.testing.tiny_models import tiny_model
@@ -89,6 +90,34 @@ def test_activations_are_what_autograd_saves(name: str, precision: Precision, ra
         model, precision, rows=1, input_length=_INPUTS, target_length=_TARGETS
     )
     assert found.saved == pytest.approx(_saved_by_autograd(model, precision), rel=0.1)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gated-gelu"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_kept_activations_of_experts_are_what_autograd_saves_more(
+    precision: Precision, activation: str
+) -> None:
+    # No expert turns a token away, so that visits are as many as are asked for.
+    routers = {
+        "encoder_router": {"kind": "expert_choice", "num_experts": 8},
+        "decoder_router": {"kind": "top_k", "num_experts": 4, "top_k": 2},
+    }
+    torch.manual_seed(0)
+    # And no dropout, so that experts choose alike twice.
+    config = FlanMoeT5Config(**_SHAPE, **routers, feed_forward_proj=activation, dropout_rate=0.0)
+    model = AutoModelForSeq2SeqLM.from_config(config).train()
+
+    def estimated() -> int:
+        return encoder_decoder_activations(
+            model, precision, rows=1, input_length=_INPUTS, target_length=_TARGETS
+        ).saved
+
+    estimate, saved = estimated(), _saved_by_autograd(model, precision)
+    with kept_activation(model, True):
+        grown = estimated() - estimate
+        assert grown == _saved_by_autograd(model, precision) - saved
+    visits = 2 * _INPUTS + 2 * _TARGETS
+    assert grown == visits * 160 * (2 if precision == "bfloat16" else 4)
 
 
 def _peak_of_a_micro_batch(

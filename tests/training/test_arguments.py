@@ -54,6 +54,10 @@ def arguments(folder: Path, **values: Any) -> TrainingArguments:
         ({"freeze": ["moe", "moe"]}, "freeze: must name each preset once, but found `moe` more"),
         ({"expert_dropout": 1}, "expert_dropout: Input should be less than 1, but is 1."),
         ({"expert_dropout": -0.1}, "expert_dropout: Input should be greater than or equal to 0"),
+        (
+            {"keep_expert_activation": "all"},
+            "keep_expert_activation: Input should be a valid boolean",
+        ),
         ({"learning_rat": 1}, "learning_rat: unknown key `learning_rat`. Did you mean `learning_"),
     ],
 )

@@ -162,7 +162,9 @@ def test_the_counting_pass_drops_what_the_training_pass_drops(
         assert torch.equal(counting, training)
 
 
-@pytest.mark.parametrize("values", [{"freeze": ["gate"]}, {"expert_dropout": 0.1}])
+@pytest.mark.parametrize(
+    "values", [{"freeze": ["gate"]}, {"expert_dropout": 0.1}, {"keep_expert_activation": True}]
+)
 def test_a_dense_model_is_refused_before_the_first_step(
     values: dict[str, Any], tmp_path: Path, packed_rows: Rows
 ) -> None:

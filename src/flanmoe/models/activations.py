@@ -16,7 +16,7 @@ from flanmoe.models.flops import attention_widths
 from flanmoe.models.meta import embedding_weight, head_weight
 from flanmoe.models.precision import Precision
 from flanmoe.moe.block import MoEBlock
-from flanmoe.moe.compute import rows_at_a_time
+from flanmoe.moe.compute import keep_activation, rows_at_a_time
 
 FLOAT32_BYTES = 4
 COMPUTE_BYTES: Mapping[Precision, int] = {"bfloat16": 2, "float32": 4}
@@ -129,6 +129,7 @@ def _flowing_bytes(model: PreTrainedModel, num_tokens: int, width: int) -> int:
             block.experts.parameters(),
             hidden_size=block.hidden_size,
             product_width=2 * block.expert_width,
+            expert_width=block.expert_width,
             width=width,
         )
         for block in moe_blocks(model)
@@ -143,25 +144,30 @@ def working_bytes(
     *,
     hidden_size: int,
     product_width: int,
+    expert_width: int,
     width: int,
 ) -> int:
     """Return what experts take while they go backward, beside what is saved.
 
     The gradients of their parameters, whole, before they are added to those of earlier
-    micro-batches; and for each row that they work on at a time its input, the gradients of its
-    output and of its first product, four times what the second product takes, and the gradient of
-    the input in float32.
+    micro-batches; and for each row that they work on at a time one place for its input and the gradient
+    of its output, the gradient of its first product, and twice what the second product takes. Below
+    float32 there is beside that, in float32, twice what the second product takes, or the gradient of
+    the input.
 
     Args:
         visits: rows of all experts.
         num_experts: how many there are.
         parameters: of all of them.
-        hidden_size, product_width: numbers in a row, and in its first product.
+        hidden_size, product_width, expert_width: numbers in a row, in its first product, and in what
+            the second one takes.
         width: bytes of a number in products.
     """
     rows = rows_at_a_time(visits, num_experts, product_width * width)
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    at_work = width * (hidden_size + 3 * product_width) + FLOAT32_BYTES * hidden_size
+    at_work = width * (hidden_size + product_width + 2 * expert_width)
+    if width < FLOAT32_BYTES:
+        at_work += FLOAT32_BYTES * max(2 * expert_width, hidden_size)
     return rows * at_work + FLOAT32_BYTES * trained
 
 
@@ -177,8 +183,9 @@ def saved_bytes_per_token(model: PreTrainedModel, precision: Precision, *, lengt
       input), and each token's row of the mask: c * (2 * query width + value width + length).
     - a gated FFN of width I keeps the gate, its activation and the up product: c * 3 * I (their
       product is the down projection's input).
-    - a sparse block keeps the fused product of each of the k visits, c * 2 * I; its router and its
-      experts keep their input, c * H each where autocast casts it, together one otherwise.
+    - a sparse block keeps the fused product of each of the k visits, c * 2 * I, and c * I more where
+      it keeps the activation; its router and its experts keep their input, c * H each where autocast
+      casts it, together one otherwise.
     """
     width = COMPUTE_BYTES[precision]
     total = sum(_block_bytes(block, width) for block in moe_blocks(model))
@@ -195,7 +202,8 @@ def saved_bytes_per_token(model: PreTrainedModel, precision: Precision, *, lengt
 
 def _block_bytes(block: MoEBlock, width: int) -> int:
     inputs = 1 if width == FLOAT32_BYTES else 2
-    return width * (block.top_k * 2 * block.expert_width + inputs * block.hidden_size)
+    units = (2 + int(keep_activation(block.experts))) * block.expert_width
+    return width * (block.top_k * units + inputs * block.hidden_size)
 
 
 def _linear_inputs(

@@ -253,6 +253,7 @@ def _ffn_flowing(block: nn.Module, batch: SideBatch, routed: dict[int, RoutedExp
                 experts.parameters(),
                 hidden_size=batch.hidden_size,
                 product_width=module.gate_up_proj.shape[1],
+                expert_width=module.expert_width,
                 width=batch.width,
             )
             flowing = max(flowing, 4 * vector + working)

@@ -5,7 +5,8 @@ With c bytes a number in matrix products (tests compare with what autograd reall
 - an FFN of width I keeps its input, its activation and both factors where it is gated, c * I each;
   gelu_new, written out in transformers, keeps four activations;
 - dropout keeps one number for each unit that it may drop;
-- a sparse block keeps the first product of each expert that the token visits, and its input once.
+- a sparse block keeps the first product of each expert that the token visits, the activation beside it
+  where that is not computed again, and its input once.
 """
 
 import math
@@ -17,7 +18,7 @@ from transformers.activations import NewGELUActivation
 
 from flanmoe.models.activations import FLOAT32_BYTES, SideBatch
 from flanmoe.models.expert_visits import RoutedExperts
-from flanmoe.moe.compute import hidden_dropout
+from flanmoe.moe.compute import hidden_dropout, keep_activation
 from flanmoe.moe.layer import Experts
 
 
@@ -60,8 +61,10 @@ def sparse_bytes(routed: RoutedExperts, batch: SideBatch) -> int:
         # Switch: beside what an expert computes with, its output before and after the gate.
         visit = dense_bytes(next(experts.children()), batch) + batch.inputs(1)
         return router + (visit + FLOAT32_BYTES * hidden) * tokens
-    # Of each visit the first product, and one byte for each unit that dropout may take.
-    units = batch.width * (2 if experts.has_gate else 1) * experts.expert_width
+    # Of each visit the first product, the activation where it is kept, and one byte for each unit that
+    # dropout may take.
+    numbers = (2 if experts.has_gate else 1) + int(keep_activation(experts))
+    units = batch.width * numbers * experts.expert_width
     if hidden_dropout(experts) > 0:
         units += experts.expert_width
     # Without a cast experts and router keep one input.

@@ -12,10 +12,8 @@ from torch import nn
 
 from flanmoe.core.errors import ConfigError, ModelError
 from flanmoe.models.blocks import moe_blocks
-from flanmoe.models.experts_interface import EXPERTS_IMPLEMENTATION, experts_implementation
-from flanmoe.moe.block import MoEBlock
+from flanmoe.models.own_compute import require_own_compute
 from flanmoe.moe.compute import hidden_dropout, set_hidden_dropout
-from flanmoe.moe.layer import Experts
 
 
 def check_expert_dropout(model: nn.Module, rate: float) -> None:
@@ -53,7 +51,7 @@ def set_expert_dropout(model: nn.Module, rate: float) -> None:
     blocks = moe_blocks(model)
     if rate > 0:
         for block in blocks:
-            _require_own_compute(block)
+            require_own_compute(block, need="Expert dropout needs experts that")
     for block in blocks:
         set_hidden_dropout(block.experts, rate)
 
@@ -78,15 +76,3 @@ def expert_dropout(model: nn.Module, rate: float | None) -> Generator[None]:
     finally:
         for module, value in zip(experts, before, strict=True):
             set_hidden_dropout(module, value)
-
-
-def _require_own_compute(block: MoEBlock) -> None:
-    if isinstance(block.experts, Experts):
-        return
-    found = experts_implementation(block.experts)
-    if found != EXPERTS_IMPLEMENTATION:
-        raise ModelError(
-            "Expert dropout needs experts that run flanmoe's compute, but those of "
-            f"{block.name} run `{found}`. Call "
-            f'`model.set_experts_implementation("{EXPERTS_IMPLEMENTATION}")` first.'
-        )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from flanmoe.models.experts_interface import (
-    EXPERTS_IMPLEMENTATION,
+    KERNELS,
     experts_implementation,
     fused_experts,
 )
@@ -29,7 +29,7 @@ def expert_path(
     experts = blocks[0].experts
     if isinstance(experts, Experts):
         fused = experts.fused()
-    elif (found := experts_implementation(experts)) != EXPERTS_IMPLEMENTATION:
+    elif (found := experts_implementation(experts)) not in KERNELS:
         return f"transformers' {found}"
     else:
         fused = fused_experts(experts)

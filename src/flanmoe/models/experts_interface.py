@@ -2,13 +2,13 @@
 
 transformers lets every experts module look up its forward by name. This module adds the name
 `flanmoe`; a model switches over with `model.set_experts_implementation("flanmoe")`, which
-`load_model` does.
+`load_model` does. `flanmoe_triton` is the same with products made by our Triton kernels (CUDA; not measured).
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -23,11 +23,17 @@ from flanmoe.moe.compute import (
     expert_ffn,
     expert_observer,
     hidden_dropout,
+    keep_activation,
 )
 from flanmoe.moe.compute.chosen import chosen_experts
 from flanmoe.moe.compute.low_rank import low_rank_experts
 
 EXPERTS_IMPLEMENTATION = "flanmoe"
+# By the names of flanmoe's implementations, what their products are made with.
+KERNELS: Mapping[str, Literal["torch", "triton"]] = {
+    EXPERTS_IMPLEMENTATION: "torch",
+    "flanmoe_triton": "triton",
+}
 
 _ACTIVATION_NAMES: Mapping[type[nn.Module], str] = {
     nn.SiLU: "silu",
@@ -62,6 +68,8 @@ def _view(module: Any, stored: Callable[[str], Any]) -> FusedExperts:
         down_bias=stored("down_proj_bias") if module.has_bias else None,
         output_norm=module.post_expert_norm if module.has_post_expert_norm else None,
         hidden_dropout=hidden_dropout(module) if module.training else 0.0,
+        keep_activation=keep_activation(module),
+        kernels=KERNELS.get(experts_implementation(module), "torch"),
         observer=expert_observer(module),
         low_rank=low_rank_experts(module),
     )
@@ -69,11 +77,21 @@ def _view(module: Any, stored: Callable[[str], Any]) -> FusedExperts:
 
 def _combine(module: Any) -> Callable[[Tensor], Tensor]:
     """Return what a module does between its products, by name where its derivative is written out."""
-    own_gate = module.has_gate and type(module)._apply_gate is not _default_apply_gate
-    name = None if own_gate else _activation_name(module.act_fn)
+    name = None if _has_own_gate(module) else _activation_name(module.act_fn)
     if name is not None:
         return Gated(name) if module.has_gate else Plain(name)
     return module._apply_gate if module.has_gate else module.act_fn
+
+
+def _has_own_gate(module: Any) -> bool:
+    return module.has_gate and type(module)._apply_gate is not _default_apply_gate
+
+
+def named_activation(module: Any) -> str:
+    """Return what transformers calls that which a module does between its products, for messages."""
+    if _has_own_gate(module):
+        return type(module)._apply_gate.__qualname__
+    return type(module.act_fn).__name__
 
 
 def _activation_name(activation: Any) -> str | None:
@@ -103,5 +121,6 @@ def experts_forward(
 
 
 def register_experts_implementation() -> None:
-    """Make `flanmoe` known to transformers; doing it twice changes nothing."""
-    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)
+    """Make flanmoe's implementations known to transformers; doing it twice changes nothing."""
+    for name in KERNELS:
+        ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)

@@ -21,6 +21,7 @@ from flanmoe.moe.compute import (
     expert_ffn,
     expert_observer,
     hidden_dropout,
+    keep_activation,
     set_hidden_dropout,
 )
 from flanmoe.moe.compute.chosen import chosen_experts
@@ -97,6 +98,7 @@ class Experts(nn.Module):
             down=down,
             combine=Gated(self.activation) if self.has_gate else Plain(self.activation),
             hidden_dropout=hidden_dropout(self) if self.training else 0.0,
+            keep_activation=keep_activation(self),
             observer=expert_observer(self),
             low_rank=low_rank_experts(self),
         )

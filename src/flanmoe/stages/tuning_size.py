@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from flanmoe.models.activations import FLOAT32_BYTES
 from flanmoe.models.expert_dropout import check_expert_dropout
 from flanmoe.models.freezing import frozen
+from flanmoe.models.kept_activation import kept_activation
 from flanmoe.models.memory import MemoryEstimate, estimate_memory
 from flanmoe.models.plan import ParameterCount, count_parameters
 from flanmoe.training.arguments import TuneConfig, require_target_length
@@ -43,13 +44,16 @@ def tuning_size(model: PreTrainedModel, config: TuneConfig) -> TuningSize:
 
     Raises:
         ConfigError: if an encoder-decoder is to be trained without a length of targets, or a decoder with one.
-        ModelError: if `freeze`, `expert_dropout` or `tuner` does not suit the model.
+        ModelError: if `freeze`, `expert_dropout`, `keep_expert_activation` or `tuner` does not suit the model.
         RunError: if the statistics that a tuner names cannot be read.
     """
     require_target_length(config, is_encoder_decoder=model.config.is_encoder_decoder)
     check_expert_dropout(model, config.expert_dropout or 0.0)
     beside = planned_parameters(model, config.tuner) if config.tuner else []
-    with _all_frozen(model) if config.tuner else frozen(model, config.freeze):
+    with (
+        kept_activation(model, config.keep_expert_activation),
+        _all_frozen(model) if config.tuner else frozen(model, config.freeze),
+    ):
         memory = estimate_memory(
             model,
             rows=config.micro_batch_rows,

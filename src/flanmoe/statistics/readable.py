@@ -6,10 +6,9 @@ from transformers import PreTrainedModel
 
 from flanmoe.core.errors import ModelError
 from flanmoe.models.blocks import moe_blocks, require_moe_blocks
-from flanmoe.models.experts_interface import EXPERTS_IMPLEMENTATION, experts_implementation
 from flanmoe.models.flan_moe_t5.configuration import Side
+from flanmoe.models.own_compute import require_own_compute
 from flanmoe.moe.block import MoEBlock
-from flanmoe.moe.layer import Experts
 
 # The sparse blocks of a model in its order, each with the side whose tokens it sees.
 Blocks = Sequence[tuple[Side, MoEBlock]]
@@ -32,7 +31,11 @@ def readable_blocks(model: PreTrainedModel, *, outputs: bool) -> Blocks:
         require_moe_blocks(model)
     if outputs:
         for block in blocks:
-            _require_own_compute(block)
+            require_own_compute(
+                block,
+                need="What experts return can be observed where they",
+                otherwise=", or leave outputs out with `StatisticsParts(outputs=False)`",
+            )
     return _with_sides(model, blocks)
 
 
@@ -57,17 +60,4 @@ def _refuse_separate_modules(model: PreTrainedModel) -> None:
             "Statistics need experts whose matrices lie together in one tensor, but "
             f"{type(model).__name__} keeps each expert of {names[0]} in a module of its own. Load a checkpoint "
             "of Switch with `flanmoe.models.flan_moe_t5.switch.load_switch`."
-        )
-
-
-def _require_own_compute(block: MoEBlock) -> None:
-    if isinstance(block.experts, Experts):
-        return
-    found = experts_implementation(block.experts)
-    if found != EXPERTS_IMPLEMENTATION:
-        raise ModelError(
-            "What experts return can be observed where they run flanmoe's compute, but those of "
-            f"{block.name} run `{found}`. Call "
-            f'`model.set_experts_implementation("{EXPERTS_IMPLEMENTATION}")` first, or leave outputs out with '
-            "`StatisticsParts(outputs=False)`."
         )

@@ -63,6 +63,9 @@ class TuneConfig(Config):
         expert_dropout: share of the hidden units inside routed experts that is dropped, beside
             whatever dropout the model's configuration has; None leaves the experts' own rate, which
             is 0 in native models; see `flanmoe.models.expert_dropout`.
+        keep_expert_activation: keep the activations inside routed experts for the backward pass instead of
+            computing them again; changes memory and speed, not the result. It takes a number for each unit
+            of each expert that a token visits; see `flanmoe.models.kept_activation`.
         checkpoint_every_steps: how often to save, and at the end; None saves after Ctrl-C only.
         keep_checkpoints: how many complete checkpoints stay on disk.
         gradient_checkpointing: compute activations again in the backward pass to save memory.
@@ -91,6 +94,7 @@ class TuneConfig(Config):
     tuner: TunerConfig | None = None
     dropout: float | None = Field(default=None, ge=0, lt=1)
     expert_dropout: float | None = Field(default=None, ge=0, lt=1)
+    keep_expert_activation: bool = False
     checkpoint_every_steps: int | None = Field(default=None, ge=1)
     keep_checkpoints: int = Field(default=1, ge=1)
     gradient_checkpointing: bool = False

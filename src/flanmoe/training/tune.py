@@ -21,6 +21,7 @@ from flanmoe.models.dropout import dropout
 from flanmoe.models.expert_dropout import expert_dropout
 from flanmoe.models.expert_path import expert_path
 from flanmoe.models.freezing import WhatTrains, frozen, trains_table, what_trains
+from flanmoe.models.kept_activation import kept_activation
 from flanmoe.moe.alerts import Alert
 from flanmoe.moe.block import MoEBlock
 from flanmoe.moe.routing_measures import measures_of_layers
@@ -168,7 +169,7 @@ def tune(
     Raises:
         ConfigError: if `target_length` or `sharding` does not suit the kind of model.
         RunError: if `resume` is set and there is no complete checkpoint.
-        ModelError: if weights below float32, `freeze`, `expert_dropout` or `tuner` do not suit, or rows leak.
+        ModelError: if weights are below float32, a setting does not suit the model, or rows leak.
         Interrupted: after Ctrl-C; a checkpoint has been written.
         DiskError: if a checkpoint or a log cannot be written.
         DataError: if the stream ends or a step has no token that enters the loss.
@@ -213,11 +214,12 @@ def _say_how_experts_compute(blocks: Sequence[MoEBlock], arguments: TrainingArgu
 def _as_configured(
     model: PreTrainedModel, config: TuneConfig, seeds: SeedTree, *, is_shown: bool
 ) -> Generator[tuple[WhatTrains, AttachedTuner | None]]:
-    """Freeze, drop and put in as configured; a later stage must not inherit it by accident."""
+    """Freeze, drop, keep and put in as configured; a later stage must not inherit it by accident."""
     with (
         frozen(model, config.freeze),
         dropout(model, config.dropout),
         expert_dropout(model, config.expert_dropout),
+        kept_activation(model, config.keep_expert_activation),
         attached(model, config.tuner, seeds.child("tuner")) as tuner,
     ):
         trains = what_trains(model)

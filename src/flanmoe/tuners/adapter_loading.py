@@ -25,7 +25,7 @@ from flanmoe.tuners.adapter_saving import (
     WRAPPED,
     nested,
 )
-from flanmoe.tuners.attached import require_own_compute
+from flanmoe.tuners.attached import require_tunable_experts
 from flanmoe.tuners.expert_matrices import MATRICES, ExpertMatrix, parameter_name, stored_matrices
 from flanmoe.tuners.linear_layers import factors_of, peft_settings
 from flanmoe.tuners.low_rank import LowRankTuner
@@ -97,7 +97,7 @@ def _attached(
     linear: dict[str, LoraConfig] = {}
     for path, found in by_module.items():
         if path in blocks:
-            require_own_compute(blocks[path])
+            require_tunable_experts(blocks[path])
             changes[blocks[path].name] = _change(blocks[path], path, config, found)
         else:
             linear[path] = _linear(model, path, config, found)

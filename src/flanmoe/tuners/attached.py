@@ -8,12 +8,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from flanmoe.core.errors import ModelError
-from flanmoe.models.experts_interface import EXPERTS_IMPLEMENTATION, experts_implementation
+from flanmoe.models.own_compute import require_own_compute
 from flanmoe.moe.block import MoEBlock
 from flanmoe.moe.compute.chosen import ChosenExperts
 from flanmoe.moe.compute.low_rank import LowRankExperts
-from flanmoe.moe.layer import Experts
 from flanmoe.tuners.merging import MergeReport
 
 
@@ -77,18 +75,10 @@ def has_tuner(model: nn.Module) -> bool:
     return any(isinstance(module, kinds) for module in model.modules())
 
 
-def require_own_compute(block: MoEBlock) -> None:
-    """Refuse experts that do not look for what a tuner puts beside them; on the meta device none compute.
+def require_tunable_experts(block: MoEBlock) -> None:
+    """Refuse experts that do not look for what a tuner puts beside them.
 
     Raises:
         ModelError: names the block and what its experts run.
     """
-    on_meta = all(weight.is_meta for weight in block.experts.parameters())
-    if on_meta or isinstance(block.experts, Experts):
-        return
-    found = experts_implementation(block.experts)
-    if found != EXPERTS_IMPLEMENTATION:
-        raise ModelError(
-            f"Tuning experts needs experts that run flanmoe's compute, but those of {block.name} run "
-            f'`{found}`. Call `model.set_experts_implementation("{EXPERTS_IMPLEMENTATION}")` first.'
-        )
+    require_own_compute(block, need="Tuning experts needs experts that")

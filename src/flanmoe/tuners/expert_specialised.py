@@ -24,7 +24,7 @@ from flanmoe.moe.block import MoEBlock
 from flanmoe.moe.compute.chosen import ChosenExperts, set_chosen_experts
 from flanmoe.moe.routing_sums import RoutingSums
 from flanmoe.statistics import ExpertStatistics
-from flanmoe.tuners.attached import AttachedTuner, require_own_compute
+from flanmoe.tuners.attached import AttachedTuner, require_tunable_experts
 from flanmoe.tuners.expert_selection import (
     USUAL_SHARES,
     ExpertScore,
@@ -237,7 +237,7 @@ def _require_there(selection: ExpertSelection, blocks: Mapping[str, MoEBlock]) -
                 f"{nearest_name_hint(name, blocks)} There are {listing(blocks)}."
             )
         block = blocks[name]
-        require_own_compute(block)
+        require_tunable_experts(block)
         if not numbers or sorted(set(numbers)) != list(numbers) or numbers[-1] >= block.num_experts:
             raise ModelError(
                 f"Chosen experts of {name} must be at least 1 of its experts 0 to {block.num_experts - 1}, "

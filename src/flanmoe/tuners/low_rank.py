@@ -27,7 +27,7 @@ from flanmoe.moe.compute.low_rank import (
     set_low_rank_experts,
 )
 from flanmoe.tuners.adapter_saving import write_adapter
-from flanmoe.tuners.attached import AttachedTuner, require_own_compute
+from flanmoe.tuners.attached import AttachedTuner, require_tunable_experts
 from flanmoe.tuners.expert_matrices import MATRICES, ExpertMatrix, stored_matrices
 from flanmoe.tuners.linear_layers import LinearConfig, LinearLayers, linear_settings
 from flanmoe.tuners.merging import (
@@ -168,7 +168,7 @@ def attach_low_rank(
     """
     blocks = require_moe_blocks(model)
     for block in blocks:
-        require_own_compute(block)
+        require_tunable_experts(block)
     ranks = ranks_by_block(config.rank, blocks)
     linear = linear_settings(model, config.linear)
     changes = {

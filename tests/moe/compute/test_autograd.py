@@ -91,10 +91,14 @@ class Slope(nn.Module):
         return gate * torch.sigmoid(self.slope * gate) * up
 
 
+@pytest.mark.parametrize("keep_activation", [False, True])
 @pytest.mark.parametrize("several_runs", [False, True])
 @pytest.mark.parametrize("combine", [Gated("silu"), Gated("gelu_tanh"), Plain("gelu")], ids=str)
 def test_derivatives_are_the_numerical_ones(
-    combine: Gated | Plain, several_runs: bool, monkeypatch: pytest.MonkeyPatch
+    combine: Gated | Plain,
+    several_runs: bool,
+    keep_activation: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(work, "_RUN_BYTES", 1 if several_runs else 2**22)
     factor = 2 if isinstance(combine, Gated) else 1
@@ -102,7 +106,7 @@ def test_derivatives_are_the_numerical_ones(
 
     def function(hidden: Tensor, gates: Tensor, *rest: Tensor) -> Tensor:
         gate_up, down, *biases = rest
-        experts = FusedExperts(gate_up, down, combine, *biases)
+        experts = FusedExperts(gate_up, down, combine, *biases, keep_activation=keep_activation)
         return expert_ffn(hidden, case.expert_ids, gates, experts)
 
     assert torch.autograd.gradcheck(function, case.leaves)
@@ -119,8 +123,13 @@ def test_parameters_that_functions_bring_along_are_trained() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-def test_the_input_and_the_first_product_are_all_that_is_kept() -> None:
-    case = Case(torch.float32)
+@pytest.mark.parametrize("keep_activation", [False, True])
+@pytest.mark.parametrize("combine", [Gated("silu"), Plain("relu")], ids=str)
+def test_the_input_and_the_first_product_are_all_that_is_kept(
+    combine: Gated | Plain, keep_activation: bool
+) -> None:
+    factor = 2 if isinstance(combine, Gated) else 1
+    case = Case(torch.float32, factor=factor)
     weights = {leaf.data_ptr() for leaf in case.leaves}
     kept: list[int] = []
 
@@ -130,9 +139,36 @@ def test_the_input_and_the_first_product_are_all_that_is_kept() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        case.run(case.experts(Gated("silu")))
+        case.run(case.experts(combine, keep_activation=keep_activation))
     visits = int((case.expert_ids < EXPERTS).sum())
-    assert sum(kept) == visits * 2 * WIDTH
+    assert sum(kept) == visits * (factor + keep_activation) * WIDTH
+
+
+@pytest.mark.parametrize("options", [{}, {"hidden_dropout": 0.4}, {"output_norm": torch.tanh}])
+@pytest.mark.parametrize("combine", [Gated("silu"), Plain("relu")], ids=str)
+def test_kept_activations_change_no_bit(combine: Gated | Plain, options: dict[str, Any]) -> None:
+    results = []
+    for keep_activation in (False, True):
+        case = Case(torch.float32, factor=2 if isinstance(combine, Gated) else 1)
+        torch.manual_seed(7)
+        output = case.run(case.experts(combine, keep_activation=keep_activation, **options))
+        gradients = torch.autograd.grad(output.square().sum(), case.leaves, retain_graph=True)
+        # Going backward again finds what was kept as it was.
+        again = torch.autograd.grad(output.square().sum(), case.leaves)
+        assert all(torch.equal(*pair) for pair in zip(gradients, again, strict=True))
+        results.append([output, *gradients])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_activations_that_autograd_differentiates_cannot_be_kept() -> None:
+    case = Case()
+    with pytest.raises(ModelError) as raised:
+        case.run(case.experts(torch.sin, keep_activation=True))
+    assert str(raised.value) == (
+        "Activations can be kept where their derivative is written out (relu, silu, gelu, gelu_tanh; gated or "
+        f"alone), but these experts compute {torch.sin!r} between their products, which is run again under "
+        "autograd. Leave `keep_activation` out for them."
+    )
 
 
 @pytest.mark.parametrize("trained", range(6))

@@ -14,8 +14,10 @@ from flanmoe.moe.compute.fused import FusedExperts as FusedExperts
 from flanmoe.moe.compute.fused import expert_observer as expert_observer
 from flanmoe.moe.compute.fused import gated as gated
 from flanmoe.moe.compute.fused import hidden_dropout as hidden_dropout
+from flanmoe.moe.compute.fused import keep_activation as keep_activation
 from flanmoe.moe.compute.fused import observed_outputs as observed_outputs
 from flanmoe.moe.compute.fused import set_hidden_dropout as set_hidden_dropout
+from flanmoe.moe.compute.fused import set_keep_activation as set_keep_activation
 from flanmoe.moe.compute.grouped import expert_ffn as expert_ffn
 from flanmoe.moe.compute.grouped import product_path as product_path
 from flanmoe.moe.compute.products import ROW_MULTIPLE as ROW_MULTIPLE

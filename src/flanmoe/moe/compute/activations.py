@@ -82,7 +82,7 @@ class Recomputed(NamedTuple):
     """The second product's input, made again for the backward pass.
 
     Attributes:
-        inner: what the second product took.
+        inner: what the second product took, until `backward` is called.
         backward: turns the gradient of `inner`, which it may overwrite, into that of the first
             product and those of `captured`.
     """
@@ -104,12 +104,36 @@ class Combine(Protocol):
         """Return the second product's input, differentiable."""
         ...
 
-    def forward(self, product: Float[Tensor, "N F"], buffers: Buffers) -> Float[Tensor, "N I"]:
-        """Return the same without autograd, for use until the next call."""
+    def forward(
+        self,
+        product: Float[Tensor, "N F"],
+        buffers: Buffers,
+        *,
+        activated: Float[Tensor, "N I"] | None = None,
+    ) -> Float[Tensor, "N I"]:
+        """Return the same without autograd, for use until the next call.
+
+        Args:
+            product: rows of the first product.
+            buffers: for what is needed for a moment.
+            activated: where to leave the activation for `recompute`; nowhere without it.
+        """
         ...
 
-    def recompute(self, product: Float[Tensor, "N F"], buffers: Buffers) -> Recomputed:
-        """Return the same again, and the way back."""
+    def recompute(
+        self,
+        product: Float[Tensor, "N F"],
+        buffers: Buffers,
+        *,
+        activated: Float[Tensor, "N I"] | None = None,
+    ) -> Recomputed:
+        """Return the same again, and the way back.
+
+        Args:
+            product: rows of the first product.
+            buffers: for what is needed until the next call.
+            activated: what `forward` left, None to compute it again.
+        """
         ...
 
 
@@ -132,21 +156,38 @@ class Plain:
         """Return the activation."""
         return POINTWISE[self.name].function(product)
 
-    def forward(self, product: Float[Tensor, "N F"], buffers: Buffers) -> Float[Tensor, "N I"]:
-        """Return the activation in a buffer."""
-        inner = buffers.take("inner", product.shape[0], product.shape[1])
+    def forward(
+        self,
+        product: Float[Tensor, "N F"],
+        buffers: Buffers,
+        *,
+        activated: Float[Tensor, "N I"] | None = None,
+    ) -> Float[Tensor, "N I"]:
+        """Return the activation, in a buffer unless it is to be kept."""
+        inner = buffers.take("inner", *product.shape) if activated is None else activated
         POINTWISE[self.name].into(product, inner)
         return inner
 
-    def recompute(self, product: Float[Tensor, "N F"], buffers: Buffers) -> Recomputed:
+    def recompute(
+        self,
+        product: Float[Tensor, "N F"],
+        buffers: Buffers,
+        *,
+        activated: Float[Tensor, "N I"] | None = None,
+    ) -> Recomputed:
         """Return the activation and the way back."""
-        back = buffers.take("product gradient", product.shape[0], product.shape[1])
+        # Nobody wants the activation any more when the gradient takes its place.
+        back = buffers.take("product gradient", *product.shape)
+        inner = activated
+        if inner is None:
+            POINTWISE[self.name].into(product, back)
+            inner = back
 
         def backward(gradient: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
             POINTWISE[self.name].backward_into(gradient, product, back)
             return back, ()
 
-        return Recomputed(self.forward(product, buffers), backward)
+        return Recomputed(inner, backward)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,26 +210,40 @@ class Gated:
         gate, up = product.chunk(2, dim=-1)
         return POINTWISE[self.name].function(gate) * up
 
-    def forward(self, product: Float[Tensor, "N F"], buffers: Buffers) -> Float[Tensor, "N I"]:
+    def forward(
+        self,
+        product: Float[Tensor, "N F"],
+        buffers: Buffers,
+        *,
+        activated: Float[Tensor, "N I"] | None = None,
+    ) -> Float[Tensor, "N I"]:
         """Return the gated activation in a buffer."""
         gate, up = product.chunk(2, dim=-1)
         inner = buffers.take("inner", product.shape[0], gate.shape[1])
-        POINTWISE[self.name].into(gate, inner)
-        return inner.mul_(up)
+        place = inner if activated is None else activated
+        POINTWISE[self.name].into(gate, place)
+        return torch.mul(place, up, out=inner)
 
-    def recompute(self, product: Float[Tensor, "N F"], buffers: Buffers) -> Recomputed:
+    def recompute(
+        self,
+        product: Float[Tensor, "N F"],
+        buffers: Buffers,
+        *,
+        activated: Float[Tensor, "N I"] | None = None,
+    ) -> Recomputed:
         """Return the gated activation and the way back."""
         pointwise = POINTWISE[self.name]
         gate, up = product.chunk(2, dim=-1)
-        activated = buffers.take("activated", product.shape[0], gate.shape[1])
-        pointwise.into(gate, activated)
-        inner = buffers.take("inner", product.shape[0], gate.shape[1])
-        torch.mul(activated, up, out=inner)
+        # Each half of the gradient holds, until it is its turn, what is needed until then.
+        back = buffers.take("product gradient", product.shape[0], product.shape[1])
+        gate_back, up_back = back.chunk(2, dim=-1)
+        if activated is None:
+            pointwise.into(gate, up_back)
+        activation = up_back if activated is None else activated
+        inner = torch.mul(activation, up, out=gate_back)
 
         def backward(gradient: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-            back = buffers.take("product gradient", product.shape[0], product.shape[1])
-            gate_back, up_back = back.chunk(2, dim=-1)
-            torch.mul(gradient, activated, out=up_back)
+            torch.mul(gradient, activation, out=up_back)
             pointwise.backward_into(gradient.mul_(up), gate, gate_back)
             return back, ()
 
@@ -216,12 +271,26 @@ class AnyCombine:
         with self.autocast():
             return self.function(product)
 
-    def forward(self, product: Float[Tensor, "N F"], buffers: Buffers) -> Float[Tensor, "N I"]:
-        """Return what the function does."""
+    def forward(
+        self,
+        product: Float[Tensor, "N F"],
+        buffers: Buffers,
+        *,
+        activated: Float[Tensor, "N I"] | None = None,
+    ) -> Float[Tensor, "N I"]:
+        """Return what the function does; nothing of it can be kept."""
+        assert activated is None
         return self(product)
 
-    def recompute(self, product: Float[Tensor, "N F"], buffers: Buffers) -> Recomputed:
+    def recompute(
+        self,
+        product: Float[Tensor, "N F"],
+        buffers: Buffers,
+        *,
+        activated: Float[Tensor, "N I"] | None = None,
+    ) -> Recomputed:
         """Return what the function does and the way back through autograd."""
+        assert activated is None
         start = product.detach().requires_grad_()
         with torch.enable_grad():
             inner = self(start)

@@ -1,13 +1,14 @@
 """`GroupedFFN`: an expert FFN over sorted rows whose backward pass is written out.
 
 What is kept for the backward pass is the input (one row a token, not one a choice) and the first
-product; rows are gathered and activations computed again. The gradient of a gate is the product of
-what comes back through the second matrices with what went into them, so that outputs need not be
-kept either. Gradients of matrices are written once, into their place.
+product; rows are gathered and activations, unless they are kept too, computed again. The gradient
+of a gate is the product of what comes back through the second matrices with what went into them, so
+that outputs need not be kept either. Gradients of matrices are written once, into their place.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flanmoe.moe.compute.backward import BackwardPass
-from flanmoe.moe.compute.forward import forward_pass
+from flanmoe.moe.compute.forward import Kept, forward_pass
+from flanmoe.moe.compute.triton_pass import TritonBackwardPass, triton_forward_pass
 from flanmoe.moe.compute.work import Work
 
 
@@ -32,11 +34,12 @@ class GroupedFFN(torch.autograd.Function):
         with _without_autocast(hidden):
             cast = work.with_tensors([_cast(tensor, work.dtype) for tensor in own])
             inputs = hidden.to(work.dtype)
-            output, kept = forward_pass(cast, inputs, gates)
+            pass_over = triton_forward_pass if work.kernels == "triton" else forward_pass
+            output, kept = pass_over(cast, inputs, gates)
         ctx.work = work
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in own]
-        ctx.num_products = len(kept.products)
-        ctx.save_for_backward(inputs, gates, *cast.tensors, *kept.products, *kept.masks)
+        ctx.lengths = [len(tensors) for tensors in kept]
+        ctx.save_for_backward(inputs, gates, *cast.tensors, *chain.from_iterable(kept))
         return output.to(hidden.dtype)
 
     @staticmethod
@@ -47,10 +50,11 @@ class GroupedFFN(torch.autograd.Function):
         work: Work = ctx.work
         inputs, gates, *rest = ctx.saved_tensors
         split = len(ctx.dtypes)
-        kept = rest[split:]
+        kept = iter(rest[split:])
         _, hidden_wanted, gates_wanted, *wanted = ctx.needs_input_grad
         with _without_autocast(inputs):
-            back = BackwardPass(
+            pass_back = TritonBackwardPass if work.kernels == "triton" else BackwardPass
+            back = pass_back(
                 work.with_tensors(rest[:split]),
                 inputs,
                 gates,
@@ -62,7 +66,7 @@ class GroupedFFN(torch.autograd.Function):
                     for dtype, needed in zip(ctx.dtypes, wanted[:split], strict=True)
                 ],
             )
-            back.run(kept[: ctx.num_products], kept[ctx.num_products :])
+            back.run(Kept(*(list(islice(kept, length)) for length in ctx.lengths)))
         return (None, *back.gradients(hidden_dtype=gradient.dtype))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flanmoe.moe.compute.activations import Recomputed
 from flanmoe.moe.compute.buffers import Buffers
-from flanmoe.moe.compute.forward import dropped, second_product, sorted_gates
+from flanmoe.moe.compute.forward import Kept, dropped, second_product, sorted_gates
 from flanmoe.moe.compute.grouping import Segments
 from flanmoe.moe.compute.products import new_gradient, segment_sum
 from flanmoe.moe.compute.sums import add_rows, gather_rows
@@ -56,18 +56,12 @@ class BackwardPass:
         self._first_trained = any(gradient is not None for gradient in self._into_first)
         self._buffers = Buffers(max((run.num_rows for run in work.runs()), default=0), inputs)
 
-    def run(
-        self, products: Sequence[Float[Tensor, "_ F"]], masks: Sequence[Bool[Tensor, "_ I"]]
-    ) -> None:
-        """Go through the runs of experts.
-
-        Args:
-            products: first products of each run.
-            masks: of dropout, of each run; none without dropout.
-        """
-        for number, (run, product) in enumerate(zip(self._work.runs(), products, strict=True)):
-            recomputed = self._work.combine.recompute(product, self._buffers)
-            mask = masks[number] if masks else None
+    def run(self, kept: Kept) -> None:
+        """Go through the runs of experts, with what the forward pass kept of each."""
+        for number, (run, product) in enumerate(zip(self._work.runs(), kept.products, strict=True)):
+            activated = kept.activated[number] if kept.activated else None
+            recomputed = self._work.combine.recompute(product, self._buffers, activated=activated)
+            mask = kept.masks[number] if kept.masks else None
             inner = self._through_second(recomputed.inner.to(self._work.dtype), mask, run)
             if self._goes_on():
                 self._through_first(recomputed, inner, run)
@@ -98,7 +92,7 @@ class BackwardPass:
         gates = self._own_gates[run.rows].unsqueeze(1)
         if mask is not None:
             inner = dropped(inner, mask, share)
-        rows = self._buffers.take("output gradient", run.num_rows, self._gradient.shape[1])
+        rows = self._buffers.take("rows", run.num_rows, self._gradient.shape[1])
         gather_rows(self._gradient, work.grouping, run, out=rows)
         if work.norm is not None:
             rows, scaled = self._through_norm(rows, inner, run), inner
@@ -108,7 +102,7 @@ class BackwardPass:
         back = work.second.input_gradient(rows, run, out=out)
         if work.norm is None:
             if self._of_gates is not None:
-                self._of_gates.append(self._output_products(back, inner, rows, run))
+                self._of_gates.append(self._output_products(back, inner, rows, run, out=scaled))
             torch.mul(inner, gates, out=scaled)
             back.mul_(gates)
         work.second.weight_gradients(rows, scaled, run, self._into_second)
@@ -138,10 +132,16 @@ class BackwardPass:
         inner: Float[Tensor, "N I"],
         rows: Float[Tensor, "N H"],
         run: Segments,
+        *,
+        out: Float[Tensor, "N I"],
     ) -> Float[Tensor, " N"]:
-        """Return the product of each row's output with the gradient of its token: that of its gate."""
-        bias = self._work.second_bias
-        found = (back.to(self._work.accumulate) * inner).sum(dim=1)
+        """Return the product of each row's output with the gradient of its token: that of its gate.
+
+        What `out` holds means nothing.
+        """
+        bias, exact = self._work.second_bias, self._work.accumulate
+        place = out if out.dtype == exact else None
+        found = torch.mul(back.to(exact), inner, out=place).sum(dim=1)
         if bias is not None:
             own = bias[run.experts]
             for expert, start, end in run.used():

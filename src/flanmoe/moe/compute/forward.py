@@ -19,10 +19,12 @@ class Kept(NamedTuple):
 
     Attributes:
         products: first products with their bias; none where no backward pass follows.
+        activated: activations; none where they are computed again.
         masks: which hidden units stayed; none without dropout.
     """
 
     products: list[Float[Tensor, "N F"]]
+    activated: list[Float[Tensor, "N I"]]
     masks: list[Bool[Tensor, "N I"]]
 
 
@@ -34,12 +36,16 @@ def forward_pass(
     buffers = Buffers(max((run.num_rows for run in runs), default=0), inputs)
     total = torch.zeros_like(inputs, dtype=work.accumulate)
     own_gates = sorted_gates(gates, work.grouping, work.accumulate)
-    kept, shown = Kept([], []), list[Tensor]()
+    kept, shown = Kept([], [], []), list[Tensor]()
     for run in runs:
         rows = buffers.take("rows", run.num_rows, width)
         gather_rows(inputs, work.grouping, run, out=rows)
         product = first_product(work, rows, run, buffers)
-        inner = work.combine.forward(product, buffers).to(work.dtype)
+        activated = None
+        if work.keep and work.keep_activation:
+            activated = product.new_empty(run.num_rows, work.second.matrices.shape[2])
+            kept.activated.append(activated)
+        inner = work.combine.forward(product, buffers, activated=activated).to(work.dtype)
         if work.hidden_dropout:
             mask = _drawn_mask(inner, run, work.hidden_dropout)
             inner = dropped(inner, mask, work.hidden_dropout)
@@ -54,7 +60,7 @@ def forward_pass(
         add_rows(total, outputs, work.grouping, run, gates=own_gates[run.rows], buffers=buffers)
     if work.observer is not None:
         _show(work, shown or [total[:0]], own_gates)
-    return total, kept if work.keep else Kept([], [])
+    return total, kept if work.keep else Kept([], [], [])
 
 
 def first_product(

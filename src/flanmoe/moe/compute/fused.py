@@ -3,7 +3,7 @@
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from flanmoe.moe.compute.low_rank import LowRankExperts
 
 # Attribute of an experts module that holds its rate of expert dropout.
 _HIDDEN_DROPOUT = "flanmoe_hidden_dropout"
+# The one that says whether it keeps its activations.
+_KEEP_ACTIVATION = "flanmoe_keep_activation"
 # And the one that holds what is shown its outputs.
 _OBSERVER = "flanmoe_observer"
 
@@ -61,6 +63,10 @@ class FusedExperts:
         hidden_dropout: share of `combine`'s outputs that is set to 0, the rest scaled up by
             1 / (1 - share); drawn from torch's global generator, expert after expert. Leave it at 0
             outside training.
+        keep_activation: keep activations for the backward pass, one number a unit of each visited expert,
+            instead of computing them again.
+        kernels: what products are made with: `torch`'s own, the way that `product_path` names, or
+            `triton`, ours, which fetch rows and put them back (CUDA; not measured).
         observer: is shown what the experts return, without gradients; see `observed_outputs`.
         low_rank: a low-rank change of the matrices, None for none; they get no gradient beside it.
         split: divides assignments between the experts here and copies of some; see `ChosenExperts`.
@@ -73,6 +79,8 @@ class FusedExperts:
     down_bias: Float[Tensor, "E H"] | None = None
     output_norm: Callable[[Tensor], Tensor] | None = None
     hidden_dropout: float = 0.0
+    keep_activation: bool = False
+    kernels: Literal["torch", "triton"] = "torch"
     observer: ExpertObserver | None = None
     low_rank: LowRankExperts | None = None
     split: Split | None = None
@@ -91,6 +99,16 @@ def hidden_dropout(experts: nn.Module) -> float:
 def set_hidden_dropout(experts: nn.Module, rate: float) -> None:
     """Set the rate of expert dropout that an experts module, ours or not, trains with."""
     setattr(experts, _HIDDEN_DROPOUT, rate)
+
+
+def keep_activation(experts: nn.Module) -> bool:
+    """Return whether an experts module keeps its activations for the backward pass; by default it does not."""
+    return getattr(experts, _KEEP_ACTIVATION, False)
+
+
+def set_keep_activation(experts: nn.Module, keep: bool) -> None:
+    """Say whether an experts module, ours or not, keeps its activations for the backward pass."""
+    setattr(experts, _KEEP_ACTIVATION, keep)
 
 
 def expert_observer(experts: nn.Module) -> ExpertObserver | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flanmoe.core.errors import ModelError
 from flanmoe.moe.compute.activations import (
+    POINTWISE,
     AnyCombine,
     Combine,
     Gated,
@@ -20,7 +21,8 @@ from flanmoe.moe.compute.fused import FusedExperts
 from flanmoe.moe.compute.grouping import group
 from flanmoe.moe.compute.linear import ExpertLinear, FullMatrices
 from flanmoe.moe.compute.low_rank import LowRankFactors, LowRankMatrices
-from flanmoe.moe.compute.products import Choice, product_choice
+from flanmoe.moe.compute.products import ASKED_FOR, Choice, product_choice
+from flanmoe.moe.compute.triton_pass import require_triton
 from flanmoe.moe.compute.work import Work
 
 
@@ -40,7 +42,8 @@ def expert_ffn(
 
     Raises:
         ModelError: if an expert id is negative or above the number of experts, a gate is NaN or
-            infinite, sizes do not fit, or tensors differ in dtype outside autocast.
+            infinite, sizes do not fit, tensors differ in dtype outside autocast, an activation is to be
+            kept that autograd differentiates, or Triton's kernels are asked for what they cannot do.
     """
     if experts.split is not None:
         # Ids that are no expert reach the check of each part as they are.
@@ -58,6 +61,7 @@ def expert_ffn(
         return torch.stack(outputs).sum(dim=0)
     _require_sizes(hidden, experts)
     _require_dtypes(hidden, experts)
+    _require_known_activation(experts)
     return _computed(hidden, expert_ids, gates, experts)
 
 
@@ -76,6 +80,8 @@ _computed = torch.compiler.disable(_computed)  # pyright: ignore
 
 def product_path(hidden: Float[Tensor, "T H"], experts: FusedExperts) -> Choice:
     """Return how `expert_ffn` would make products of such hidden states here and now, and why."""
+    if experts.kernels == "triton":
+        return ASKED_FOR
     rows = hidden.new_empty(0, hidden.shape[1], dtype=_products_dtype(hidden))
     return product_choice(rows, experts.gate_up.transpose(1, 2))
 
@@ -101,7 +107,11 @@ def _work(
         observer=experts.observer,
         dtype=dtype,
         keep=False,
+        keep_activation=experts.keep_activation,
+        kernels=experts.kernels,
     )
+    if work.kernels == "triton":
+        require_triton(work)
     return work.kept_for_backward(hidden, gates)
 
 
@@ -166,3 +176,12 @@ def _require_dtypes(hidden: Float[Tensor, "T H"], experts: FusedExperts) -> None
                 f"{hidden.dtype} and `{name}` is {tensor.dtype}. Convert the model with `model.to`, or "
                 "run it under torch.autocast."
             )
+
+
+def _require_known_activation(experts: FusedExperts) -> None:
+    if experts.keep_activation and not isinstance(experts.combine, Plain | Gated):
+        raise ModelError(
+            f"Activations can be kept where their derivative is written out ({', '.join(POINTWISE)}; gated or "
+            f"alone), but these experts compute {experts.combine!r} between their products, which is run again "
+            "under autograd. Leave `keep_activation` out for them."
+        )

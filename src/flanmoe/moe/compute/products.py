@@ -24,7 +24,7 @@ _ALIGNMENT_BYTES = 16
 # The first CUDA devices whose matrix units take bfloat16.
 _FIRST_CAPABILITY = (8, 0)
 
-ProductPath = Literal["expert", "rounded", "grouped"]
+ProductPath = Literal["expert", "rounded", "grouped", "triton"]
 
 
 class Choice(NamedTuple):
@@ -32,7 +32,7 @@ class Choice(NamedTuple):
 
     Attributes:
         path: `expert` is one product an expert; `rounded` the same with rows rounded up to
-            ROW_MULTIPLE; `grouped` is one call of torch's grouped_mm for all experts.
+            ROW_MULTIPLE; `grouped` is one call of torch's grouped_mm for all experts; `triton` kernels of ours.
         taken: whether it is taken, told the rows and the matrices.
         reason: in a sentence, for whoever asks.
     """
@@ -52,6 +52,10 @@ def _on_matrix_units(rows: Tensor, matrices: Tensor) -> bool:
 
 def _compiles_per_shape(rows: Tensor, matrices: Tensor) -> bool:
     return rows.device.type == "cpu" and rows.dtype == torch.bfloat16
+
+
+def _never(rows: Tensor, matrices: Tensor) -> bool:
+    return False
 
 
 def _always(rows: Tensor, matrices: Tensor) -> bool:
@@ -76,6 +80,14 @@ CHOICES: tuple[Choice, ...] = (
         _always,
         "one product an expert over its own rows, written into its place",
     ),
+)
+
+
+# Nothing takes it by itself, for nobody has measured it: experts ask for it (`FusedExperts.kernels`).
+ASKED_FOR = Choice(
+    "triton",
+    _never,
+    "asked for: kernels of ours that fetch rows and put them back (not measured yet)",
 )
 
 

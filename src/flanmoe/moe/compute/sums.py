@@ -37,7 +37,7 @@ def add_rows(
 
     Args:
         total: where they are added; products with gates are made in its dtype.
-        rows: the segments' rows.
+        rows: the segments' rows, which may be overwritten.
         grouping: of the batch.
         segments: whose rows they are; all of the batch but on the CPU.
         gates: of the segments' rows, None for 1.
@@ -47,8 +47,10 @@ def add_rows(
         fetch_rows(total, rows, grouping, gates)
         return
     if gates is not None:
-        scaled = buffers.take("added", rows.shape[0], rows.shape[1], dtype=total.dtype)
-        rows = torch.mul(rows, gates.unsqueeze(1), out=scaled)
+        place = rows
+        if rows.dtype != total.dtype:
+            place = buffers.take("added", *rows.shape, dtype=total.dtype)
+        rows = torch.mul(rows, gates.unsqueeze(1), out=place)
     total.index_add_(0, grouping.token_ids[segments.rows], rows.to(total.dtype))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -31,6 +32,7 @@ class Work:
         observer: as in `FusedExperts`.
         dtype: of products.
         keep: whether a backward pass may follow.
+        keep_activation, kernels: as in `FusedExperts`.
     """
 
     grouping: Grouping
@@ -44,6 +46,8 @@ class Work:
     observer: ExpertObserver | None
     dtype: torch.dtype
     keep: bool
+    keep_activation: bool
+    kernels: Literal["torch", "triton"]
 
     @property
     def tensors(self) -> list[Tensor | None]:
