@@ -168,14 +168,15 @@ def test_a_dense_model_has_no_experts(name: str) -> None:
     set_expert_dropout(model, 0.0)
 
 
-def test_experts_that_run_something_else() -> None:
+@pytest.mark.parametrize("implementation", ["eager", "flanmoe_triton"])
+def test_experts_that_run_something_else(implementation: str) -> None:
     model = tiny_model("mixtral")
-    model.set_experts_implementation("eager")
+    model.set_experts_implementation(implementation)
     with pytest.raises(ModelError) as caught:
         set_expert_dropout(model, 0.1)
     assert str(caught.value) == (
         "Expert dropout needs experts that run flanmoe's compute, but those of model.layers.0.mlp "
-        'run `eager`. Call `model.set_experts_implementation("flanmoe")` first.'
+        f'run `{implementation}`. Call `model.set_experts_implementation("flanmoe")` first.'
     )
     assert _rates(model) == {0.0}
 

@@ -19,22 +19,15 @@ from flanmoe.moe.compute import POINTWISE, Gated, Plain, keep_activation, set_ke
 from flanmoe.moe.layer import Experts
 
 
-def check_kept_activation(model: nn.Module) -> None:
-    """Refuse a model whose experts cannot keep their activations; it may be on the meta device.
-
-    Raises:
-        ModelError: if the model is dense, or its experts run something else than flanmoe's compute or have
-            an activation whose derivative is not written out.
-    """
-    _require_known(model, moe_blocks(model))
-
-
 @contextmanager
 def kept_activation(model: nn.Module, keep: bool) -> Generator[None]:
     """Keep activations of experts inside the `with` block, or compute them again; as before it afterwards.
 
+    The model may be on the meta device.
+
     Raises:
-        ModelError: as `check_kept_activation` does, if they are to be kept.
+        ModelError: if they are to be kept and the model is dense, or its experts run something else than
+            flanmoe's compute or have an activation whose derivative is not written out.
     """
     blocks = moe_blocks(model)
     if keep:
@@ -57,7 +50,7 @@ def _require_known(model: nn.Module, blocks: Sequence[MoEBlock]) -> None:
             "with `flanmoe upcycle`."
         )
     for block in blocks:
-        require_own_compute(block, need="Keeping activations needs experts that")
+        require_own_compute(block, need="Keeping activations needs experts that", any_kernels=True)
         _require_written_out(block)
 
 

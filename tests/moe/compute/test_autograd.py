@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from flanmoe.moe.compute import (
     products,
     work,
 )
+from flanmoe.moe.compute.buffers import Buffers
 from flanmoe.moe.compute.fused import Part
 from flanmoe.moe.compute.products import Choice
 from flanmoe.moe.compute.sums import fetch_rows
@@ -125,7 +127,7 @@ def test_parameters_that_functions_bring_along_are_trained() -> None:
 
 @pytest.mark.parametrize("keep_activation", [False, True])
 @pytest.mark.parametrize("combine", [Gated("silu"), Plain("relu")], ids=str)
-def test_the_input_and_the_first_product_are_all_that_is_kept(
+def test_the_input_the_first_product_and_what_is_asked_for_are_all_that_is_kept(
     combine: Gated | Plain, keep_activation: bool
 ) -> None:
     factor = 2 if isinstance(combine, Gated) else 1
@@ -144,9 +146,16 @@ def test_the_input_and_the_first_product_are_all_that_is_kept(
     assert sum(kept) == visits * (factor + keep_activation) * WIDTH
 
 
+@pytest.mark.parametrize("several_runs", [False, True])
 @pytest.mark.parametrize("options", [{}, {"hidden_dropout": 0.4}, {"output_norm": torch.tanh}])
 @pytest.mark.parametrize("combine", [Gated("silu"), Plain("relu")], ids=str)
-def test_kept_activations_change_no_bit(combine: Gated | Plain, options: dict[str, Any]) -> None:
+def test_kept_activations_change_no_bit(
+    combine: Gated | Plain,
+    options: dict[str, Any],
+    several_runs: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(work, "_RUN_BYTES", 1 if several_runs else 2**22)
     results = []
     for keep_activation in (False, True):
         case = Case(torch.float32, factor=2 if isinstance(combine, Gated) else 1)
@@ -163,10 +172,10 @@ def test_kept_activations_change_no_bit(combine: Gated | Plain, options: dict[st
 def test_activations_that_autograd_differentiates_cannot_be_kept() -> None:
     case = Case()
     with pytest.raises(ModelError) as raised:
-        case.run(case.experts(torch.sin, keep_activation=True))
+        case.run(case.experts(F.mish, keep_activation=True))
     assert str(raised.value) == (
         "Activations can be kept where their derivative is written out (relu, silu, gelu, gelu_tanh; gated or "
-        f"alone), but these experts compute {torch.sin!r} between their products, which is run again under "
+        "alone), but these experts compute `mish` between their products, which is run again under "
         "autograd. Leave `keep_activation` out for them."
     )
 
@@ -235,16 +244,18 @@ def test_a_second_computation_draws_the_same_dropout() -> None:
         assert torch.equal(kept, again)
 
 
+@pytest.mark.parametrize("combine", [Gated("silu"), Plain("relu"), torch.relu], ids=str)
 def test_dropout_does_not_depend_on_how_experts_are_put_into_runs(
-    monkeypatch: pytest.MonkeyPatch,
+    combine: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outputs = []
+    results = []
     for run_bytes in (1, 2**22):
         monkeypatch.setattr(work, "_RUN_BYTES", run_bytes)
-        case = Case()
+        case = Case(factor=2 if isinstance(combine, Gated) else 1)
         torch.manual_seed(7)
-        outputs.append(case.run(case.experts(Gated("silu"), hidden_dropout=0.4)))
-    torch.testing.assert_close(*outputs)
+        output = case.run(case.experts(combine, hidden_dropout=0.4))
+        results.append([output, *torch.autograd.grad(output.square().sum(), case.leaves)])
+    torch.testing.assert_close(*results)
 
 
 def test_deterministic_algorithms_are_enough() -> None:
@@ -268,20 +279,36 @@ def on_an_accelerator(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(forward, "add_rows", add_rows)
     monkeypatch.setattr(backward, "add_rows", add_rows)
+    monkeypatch.setattr(Buffers, "place", lambda *arguments: None)
     monkeypatch.setattr(work, "_RUN_BYTES", 2**40)
     monkeypatch.setattr(products, "CHOICES", (Choice(path, lambda rows, matrices: True, ""),))  # pyright: ignore
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"keep_activation": True},
+        {"output_norm": partial(F.rms_norm, normalized_shape=(HIDDEN,))},
+    ],
+    ids=["", "kept", "norm"],
+)
+@pytest.mark.parametrize("combine", [Gated("silu"), Plain("gelu")], ids=str)
 @pytest.mark.parametrize("path", ["expert", "grouped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_as_on_an_accelerator(
-    path: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    path: str,
+    dtype: torch.dtype,
+    combine: Gated | Plain,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    case, exact = Case(dtype), Case()
-    expected = exact.run(exact.experts(Gated("silu")))
+    factor = 2 if isinstance(combine, Gated) else 1
+    case, exact = Case(dtype, factor=factor), Case(factor=factor)
+    expected = exact.run(exact.experts(combine, **options))
     wanted = torch.autograd.grad(expected.sum(), exact.leaves)
     on_an_accelerator(path, monkeypatch)
-    output = case.run(case.experts(Gated("silu")))
+    output = case.run(case.experts(combine, **options))
     found = torch.autograd.grad(output.sum(), case.leaves)
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
     for ours, theirs in zip((output, *found), (expected, *wanted), strict=True):

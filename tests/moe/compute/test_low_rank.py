@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from flanmoe.moe.compute import FusedExperts, expert_ffn, expert_ffn_reference, gated
+from flanmoe.moe.compute import FusedExperts, expert_ffn, expert_ffn_reference, gated, work
 from flanmoe.moe.compute.grouping import Segments, group
 from flanmoe.moe.compute.low_rank import LowRankExperts, LowRankFactors, LowRankMatrices
 
@@ -147,14 +148,21 @@ def gradients(output: torch.Tensor, case: Case) -> dict[str, torch.Tensor]:
     shared_a=st.booleans(),
     rank_stabilised=st.booleans(),
     matrices=st.sampled_from([("gate_up",), ("down",), ("gate_up", "down")]),
+    normed=st.booleans(),
+    run_bytes=st.sampled_from([1, 2**22]),
 )
 def test_outputs_and_gradients_are_those_of_the_matrices_written_out(
-    seed: int, ranks: list[int], **options: Any
+    seed: int, ranks: list[int], normed: bool, run_bytes: int, **options: Any
 ) -> None:
     case = case_of(seed, ranks=ranks, **options)
-    found, expected = case.run(), defined(case)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(gradients(found, case), gradients(expected, case))
+    if normed:
+        experts = dataclasses.replace(case.experts, output_norm=torch.tanh)
+        case = dataclasses.replace(case, experts=experts)
+    with mock.patch.object(work, "_RUN_BYTES", run_bytes):
+        found, expected = case.run(), defined(case)
+        torch.testing.assert_close(found, expected)
+        if expected.requires_grad:  # not where every assignment is to no expert
+            torch.testing.assert_close(gradients(found, case), gradients(expected, case))
 
 
 def segments_of(counts: list[int]) -> Segments:

@@ -357,6 +357,13 @@ def test_without_triton_products_are_refused(number: int, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("number", range(3))
+def test_tensors_on_the_cpu_are_refused(number: int) -> None:
+    pytest.importorskip("triton")
+    with pytest.raises(ModelError, match=r"run on a GPU, but these are on the CPU\."):
+        _calls(normal(2, 4), normal(1, 4, 5))[number]()
+
+
+@pytest.mark.parametrize("number", range(3))
 def test_dtypes_are_refused_by_name(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_kernels, "_HAS_TRITON", True)
     rows, matrices = normal(2, 4), normal(1, 4, 5)

@@ -217,7 +217,7 @@ class Gated:
         *,
         activated: Float[Tensor, "N I"] | None = None,
     ) -> Float[Tensor, "N I"]:
-        """Return the gated activation in a buffer."""
+        """Return the gated activation in a buffer, and leave the activation in `activated`."""
         gate, up = product.chunk(2, dim=-1)
         inner = buffers.take("inner", product.shape[0], gate.shape[1])
         place = inner if activated is None else activated

@@ -137,11 +137,12 @@ class BackwardPass:
     ) -> Float[Tensor, " N"]:
         """Return the product of each row's output with the gradient of its token: that of its gate.
 
-        What `out` holds means nothing.
+        `out` is overwritten, or left alone where products are added up in another dtype.
         """
         bias, exact = self._work.second_bias, self._work.accumulate
-        place = out if out.dtype == exact else None
-        found = torch.mul(back.to(exact), inner, out=place).sum(dim=1)
+        is_exact = out.dtype == exact
+        products = torch.mul(back, inner, out=out) if is_exact else back.to(exact).mul_(inner)
+        found = products.sum(dim=1)
         if bias is not None:
             own = bias[run.experts]
             for expert, start, end in run.used():

@@ -41,11 +41,7 @@ def forward_pass(
         rows = buffers.take("rows", run.num_rows, width)
         gather_rows(inputs, work.grouping, run, out=rows)
         product = first_product(work, rows, run, buffers)
-        activated = None
-        if work.keep and work.keep_activation:
-            activated = product.new_empty(run.num_rows, work.second.matrices.shape[2])
-            kept.activated.append(activated)
-        inner = work.combine.forward(product, buffers, activated=activated).to(work.dtype)
+        inner = activation(work, product, kept, buffers)
         if work.hidden_dropout:
             mask = _drawn_mask(inner, run, work.hidden_dropout)
             inner = dropped(inner, mask, work.hidden_dropout)
@@ -73,6 +69,17 @@ def first_product(
     if work.first_bias is not None:
         segment_add(product, work.first_bias, run)
     return product
+
+
+def activation(
+    work: Work, product: Float[Tensor, "N F"], kept: Kept, buffers: Buffers
+) -> Float[Tensor, "N I"]:
+    """Return what lies between the products, until the next call; adds to `kept` what is kept of it."""
+    activated = None
+    if work.keep and work.keep_activation:
+        activated = product.new_empty(product.shape[0], work.second.matrices.shape[2])
+        kept.activated.append(activated)
+    return work.combine.forward(product, buffers, activated=activated).to(work.dtype)
 
 
 def second_product(

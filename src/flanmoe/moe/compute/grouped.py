@@ -182,6 +182,10 @@ def _require_known_activation(experts: FusedExperts) -> None:
     if experts.keep_activation and not isinstance(experts.combine, Plain | Gated):
         raise ModelError(
             f"Activations can be kept where their derivative is written out ({', '.join(POINTWISE)}; gated or "
-            f"alone), but these experts compute {experts.combine!r} between their products, which is run again "
-            "under autograd. Leave `keep_activation` out for them."
+            f"alone), but these experts compute `{_name(experts.combine)}` between their products, which is "
+            "run again under autograd. Leave `keep_activation` out for them."
         )
+
+
+def _name(function: Callable[[Tensor], Tensor]) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)

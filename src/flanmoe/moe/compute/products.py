@@ -54,10 +54,6 @@ def _compiles_per_shape(rows: Tensor, matrices: Tensor) -> bool:
     return rows.device.type == "cpu" and rows.dtype == torch.bfloat16
 
 
-def _never(rows: Tensor, matrices: Tensor) -> bool:
-    return False
-
-
 def _always(rows: Tensor, matrices: Tensor) -> bool:
     return True
 
@@ -83,10 +79,10 @@ CHOICES: tuple[Choice, ...] = (
 )
 
 
-# Nothing takes it by itself, for nobody has measured it: experts ask for it (`FusedExperts.kernels`).
+# In no table, for nobody has measured it: experts ask for it (`FusedExperts.kernels`).
 ASKED_FOR = Choice(
     "triton",
-    _never,
+    _always,
     "asked for: kernels of ours that fetch rows and put them back (not measured yet)",
 )
 

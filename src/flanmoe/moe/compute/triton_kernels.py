@@ -15,9 +15,9 @@ CUDA builds of torch. Without it this module can be imported, and its products a
 """
 
 import importlib
-import importlib.util
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple, no_type_check
 
 import torch
@@ -28,12 +28,13 @@ from torch.nn import functional as F
 from flanmoe.core.errors import ModelError
 from flanmoe.moe.compute.grouping import Segments
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-# Imported by name, as no plain install asks for it.
-triton: Any = importlib.import_module("triton") if _HAS_TRITON else None
-# Kernels have to know it by this name.
-tl: Any = importlib.import_module("triton.language") if _HAS_TRITON else None
+# Imported by name, as no plain install asks for it. `tl` is what kernels have to know it by. An install that
+# is broken is none: nobody may have asked for it.
+triton: Any = None
+tl: Any = None
+with suppress(ImportError):
+    triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")
+_HAS_TRITON = tl is not None
 # Of a kernel's arguments, those that it is compiled for.
 constexpr: Any = tl.constexpr if _HAS_TRITON else int
 
@@ -289,18 +290,23 @@ def _check(operands: Mapping[str, Tensor]) -> None:
     if not available():
         raise ModelError(
             "Triton's expert products need the package `triton`, but it is not installed. Install a build of "
-            "torch for CUDA, which brings it, or use `flanmoe.moe.compute.products`."
+            'torch for CUDA, which brings it, or compute with `set_experts_implementation("flanmoe")`.'
         )
     found = " and ".join(f"{name} are {tensor.dtype}" for name, tensor in operands.items())
     dtypes = {tensor.dtype for tensor in operands.values()}
     if not dtypes <= set(_DTYPES):
         raise ModelError(
             f"Triton's expert products take {', '.join(map(str, _DTYPES))}, but {found}. Cast them to one of "
-            "these, or use `flanmoe.moe.compute.products`."
+            'these, or compute with `set_experts_implementation("flanmoe")`.'
         )
     if len(dtypes) > 1:
         raise ModelError(
             f"The operands of an expert product of Triton's must have one dtype, but {found}. Cast one of them."
+        )
+    if isinstance(_mm_kernel, triton.JITFunction) and any(t.is_cpu for t in operands.values()):
+        raise ModelError(
+            "Triton's expert products run on a GPU, but these are on the CPU. Move the model there, or compute "
+            'with `set_experts_implementation("flanmoe")`.'
         )
 
 

@@ -13,7 +13,7 @@ from flanmoe.core.errors import ModelError
 from flanmoe.moe.compute.activations import Recomputed
 from flanmoe.moe.compute.backward import BackwardPass
 from flanmoe.moe.compute.buffers import Buffers
-from flanmoe.moe.compute.forward import Kept, sorted_gates
+from flanmoe.moe.compute.forward import Kept, activation, sorted_gates
 from flanmoe.moe.compute.grouping import Grouping, Segments
 from flanmoe.moe.compute.linear import FullMatrices
 from flanmoe.moe.compute.products import segment_add, segment_sum
@@ -66,11 +66,7 @@ def triton_forward_pass(
         product = gathered_mm(inputs, token_ids, work.first.matrices.transpose(1, 2), run)
         if work.first_bias is not None:
             segment_add(product, work.first_bias, run)
-        activated = None
-        if work.keep and work.keep_activation:
-            activated = product.new_empty(run.num_rows, work.second.matrices.shape[2])
-            kept.activated.append(activated)
-        inner = work.combine.forward(product, buffers, activated=activated).to(work.dtype)
+        inner = activation(work, product, kept, buffers)
         visits.add(inner, work.second.matrices.transpose(1, 2), run, gates=own_gates[run.rows])
         if work.keep:
             kept.products.append(product)
@@ -91,7 +87,7 @@ class TritonBackwardPass(BackwardPass):
             self._of_gates.append((back.to(work.accumulate) * inner).sum(dim=1))
         (into,) = self._into_second
         if into is not None:
-            scaled = inner * gates.to(inner.dtype)
+            scaled = (inner * gates).to(inner.dtype)
             gathered_outer(
                 self._gradient, scaled, run, left_ids=token_ids, right_ids=None, out=into
             )
