@@ -29,7 +29,14 @@ def test_one_layer_beside_its_peers(tmp_path: Path) -> None:
         for dtype in ("float32", "bfloat16")
     ]
     top_1, _, top_2, low = found["results"]
-    both = {"dense", "flanmoe", "transformers eager", "transformers grouped_mm", "products"}
+    both = {
+        "dense",
+        "flanmoe",
+        "flanmoe, kept",
+        "transformers eager",
+        "transformers grouped_mm",
+        "products",
+    }
     assert top_1["results"].keys() == both | {"transformers Switch", "flanmoe, no gate"}
     assert top_2["results"].keys() == both | {"st-moe-pytorch"}
     assert low["path"]["name"] == "rounded"
@@ -44,6 +51,9 @@ def test_one_layer_beside_its_peers(tmp_path: Path) -> None:
         assert one["largest_difference_to_eager"] < (1e-5 if one["dtype"] == "float32" else 0.02)
         saved = one["results"]["flanmoe"]["saved_bytes"]
         assert 0 < saved < one["results"]["transformers grouped_mm"]["saved_bytes"]
+        visits, width = 24 * int(one["shape"].split(", ")[1]), 32
+        kept = one["results"]["flanmoe, kept"]["saved_bytes"] - saved
+        assert kept == visits * width * (4 if one["dtype"] == "float32" else 2)
 
 
 def test_ways_of_products(tmp_path: Path) -> None:
