@@ -244,7 +244,9 @@ def test_a_second_computation_draws_the_same_dropout() -> None:
         assert torch.equal(kept, again)
 
 
-@pytest.mark.parametrize("combine", [Gated("silu"), Plain("relu"), torch.relu], ids=str)
+@pytest.mark.parametrize(
+    "combine", [Gated("silu"), Plain("relu"), torch.relu], ids=["gated", "plain", "any"]
+)
 def test_dropout_does_not_depend_on_how_experts_are_put_into_runs(
     combine: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
