@@ -152,19 +152,28 @@ class BackwardPass:
     def _through_first(
         self, recomputed: Recomputed, inner: Float[Tensor, "N I"], run: Segments
     ) -> None:
-        work = self._work
         product, captured = recomputed.backward(inner)
         self._add_captured(captured, 0)
         if self._first_trained:
-            rows = self._buffers.take("rows", run.num_rows, self._inputs.shape[1])
-            gather_rows(self._inputs, work.grouping, run, out=rows)
-            work.first.weight_gradients(product, rows, run, self._into_first)
+            self._add_to_first(product, run)
         if self._into_first_bias is not None:
             segment_sum(product, run, out=self._into_first_bias)
         if self._into_hidden is not None:
-            out = self._buffers.place("rows", run.num_rows, self._inputs.shape[1])
-            back = work.first.input_gradient(product, run, out=out)
-            add_rows(self._into_hidden, back, work.grouping, run, gates=None, buffers=self._buffers)
+            self._add_to_hidden(self._into_hidden, product, run)
+
+    def _add_to_first(self, product: Float[Tensor, "N F"], run: Segments) -> None:
+        """Give the first matrices what comes back through the first product."""
+        rows = self._buffers.take("rows", run.num_rows, self._inputs.shape[1])
+        gather_rows(self._inputs, self._work.grouping, run, out=rows)
+        self._work.first.weight_gradients(product, rows, run, self._into_first)
+
+    def _add_to_hidden(
+        self, total: Float[Tensor, "T H"], product: Float[Tensor, "N F"], run: Segments
+    ) -> None:
+        """Give the hidden states what comes back through the first product."""
+        out = self._buffers.place("rows", run.num_rows, self._inputs.shape[1])
+        back = self._work.first.input_gradient(product, run, out=out)
+        add_rows(total, back, self._work.grouping, run, gates=None, buffers=self._buffers)
 
     def _add_captured(self, found: Sequence[Tensor], first: int) -> None:
         own = self._into_captured[first : first + len(found)]

@@ -10,13 +10,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from flanmoe.core.errors import ModelError
-from flanmoe.moe.compute.activations import Recomputed
 from flanmoe.moe.compute.backward import BackwardPass
 from flanmoe.moe.compute.buffers import Buffers
 from flanmoe.moe.compute.forward import Kept, activation, sorted_gates
 from flanmoe.moe.compute.grouping import Grouping, Segments
 from flanmoe.moe.compute.linear import FullMatrices
-from flanmoe.moe.compute.products import segment_add, segment_sum
+from flanmoe.moe.compute.products import segment_add
 from flanmoe.moe.compute.triton_kernels import available, gathered_mm, gathered_outer, scattered_mm
 from flanmoe.moe.compute.work import Work
 
@@ -93,22 +92,20 @@ class TritonBackwardPass(BackwardPass):
             )
         return back.mul_(gates)
 
-    def _through_first(
-        self, recomputed: Recomputed, inner: Float[Tensor, "N I"], run: Segments
-    ) -> None:
-        work = self._work
-        product, captured = recomputed.backward(inner)
-        self._add_captured(captured, 0)
+    def _add_to_first(self, product: Float[Tensor, "N F"], run: Segments) -> None:
+        """Give the first matrices what comes back through the first product."""
         (into,) = self._into_first
-        if into is not None:
-            token_ids = work.grouping.token_ids[run.rows]
-            gathered_outer(product, self._inputs, run, left_ids=None, right_ids=token_ids, out=into)
-        if self._into_first_bias is not None:
-            segment_sum(product, run, out=self._into_first_bias)
-        if self._into_hidden is not None:
-            visits = _Visits(work, self._inputs, num_rows=run.num_rows)
-            visits.add(product, work.first.matrices, run, gates=None)
-            self._into_hidden += visits.sums()
+        assert into is not None
+        token_ids = self._work.grouping.token_ids[run.rows]
+        gathered_outer(product, self._inputs, run, left_ids=None, right_ids=token_ids, out=into)
+
+    def _add_to_hidden(
+        self, total: Float[Tensor, "T H"], product: Float[Tensor, "N F"], run: Segments
+    ) -> None:
+        """Give the hidden states what comes back through the first product."""
+        visits = _Visits(self._work, self._inputs, num_rows=run.num_rows)
+        visits.add(product, self._work.first.matrices, run, gates=None)
+        total += visits.sums()
 
 
 class _Visits:
